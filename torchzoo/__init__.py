@@ -1,0 +1,31 @@
+"""torchzoo: PyTorch layers from papers, each with its proof and its measured claim.
+
+>>> import torchzoo
+>>> layer = torchzoo.create("GaussianAdaptiveAttention", dim=64)
+"""
+
+from torchzoo._lazy import attach
+from torchzoo.version import __version__
+
+__getattr__, __dir__, __all__ = attach(
+    __name__,
+    {
+        "catalogue": ["Paper", "papers"],
+        "hub": ["ZooModel", "from_pretrained"],
+        "registry": ["Example", "create", "names", "register"],
+    },
+    submodules=[
+        "attention",
+        "catalogue",
+        "common",
+        "experiment",
+        "hub",
+        "moe",
+        "ops",
+        "registry",
+        "sparsity",
+        "testing",
+        "trainer",
+    ],
+)
+__all__ += ["__version__"]

@@ -1,0 +1,5 @@
+import sys
+
+from torchzoo.cli.app import main
+
+sys.exit(main())

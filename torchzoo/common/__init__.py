@@ -1,0 +1,1 @@
+"""Plain functions that at least two families use."""

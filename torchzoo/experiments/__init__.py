@@ -1,0 +1,1 @@
+"""Experiments: each paper's headline claim, scaled down, against a baseline."""
