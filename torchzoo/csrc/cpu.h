@@ -1,0 +1,86 @@
+// What the CPU kernels share: tensor checks, dispatch over dtypes, and over instruction sets.
+//
+// A kernel body is a function template marked TZ_INLINE that takes plain pointers and sizes.
+// TZ_ISA(name, body) makes one copy of it for each instruction set, with the same source and so the
+// same order of operations, and `isa()` says which to call. TORCHZOO_CPU_ISA=baseline|avx2|avx512
+// forces one that the processor has.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Exception.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <string>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+namespace torchzoo {
+
+using torch::headeronly::ScalarType;
+using torch::stable::parallel_for;
+using torch::stable::Tensor;
+
+enum class Isa { baseline, avx2, avx512 };
+
+inline Isa detect_isa() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  Isa best = Isa::baseline;
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) best = Isa::avx2;
+  if (best == Isa::avx2 && __builtin_cpu_supports("avx512f") &&
+      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+      __builtin_cpu_supports("avx512dq"))
+    best = Isa::avx512;
+  if (const char* wanted = std::getenv("TORCHZOO_CPU_ISA")) {
+    if (!std::strcmp(wanted, "baseline")) return Isa::baseline;
+    if (!std::strcmp(wanted, "avx2")) return std::min(best, Isa::avx2);
+  }
+  return best;
+#else
+  return Isa::baseline;
+#endif
+}
+
+inline Isa isa() {
+  static const Isa found = detect_isa();
+  return found;
+}
+
+}  // namespace torchzoo
+
+#define TZ_INLINE static inline __attribute__((always_inline))
+
+#if defined(__x86_64__)
+#define TZ_TARGET_AVX2 __attribute__((target("avx2,fma,f16c")))
+#define TZ_TARGET_AVX512 \
+  __attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,prefer-vector-width=512")))
+#else
+#define TZ_TARGET_AVX2
+#define TZ_TARGET_AVX512
+#endif
+
+// `name(a...)` runs `body<bytes>(a...)` compiled for `isa()`, with that instruction set's vector size.
+#define TZ_ISA(name, body)                                                                   \
+  template <class... A>                                                                      \
+  TZ_TARGET_AVX512 static void name##_avx512(A... a) { body<64>(a...); }                     \
+  template <class... A>                                                                      \
+  TZ_TARGET_AVX2 static void name##_avx2(A... a) { body<32>(a...); }                         \
+  template <class... A>                                                                      \
+  static void name##_baseline(A... a) { body<16>(a...); }                                    \
+  template <class... A>                                                                      \
+  static void name(A... a) {                                                                 \
+    switch (::torchzoo::isa()) {                                                             \
+      case ::torchzoo::Isa::avx512: return name##_avx512(a...);                              \
+      case ::torchzoo::Isa::avx2: return name##_avx2(a...);                                  \
+      default: return name##_baseline(a...);                                                 \
+    }                                                                                        \
+  }

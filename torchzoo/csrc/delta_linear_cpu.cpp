@@ -1,0 +1,128 @@
+// delta_linear_step: acc' = acc + Σ_{j: Δ_j ≠ 0} Δ_j weight_t[j], x_ref' = x_ref + Δ.
+//
+// One pass over x finds the changed inputs of each stream; then threads share (stream, tile of
+// outputs) tasks and add the rows of weight_t, ROWS at a time, so that a tile of acc is read and
+// written once for ROWS rows. Traffic: the changed rows, once. The order of additions is that of the
+// inputs, whatever the number of threads.
+#include "delta_linear.h"
+#include "rows.h"
+
+namespace torchzoo {
+namespace {
+
+constexpr int64_t TILE = 1024;
+
+template <class T>
+struct Changed {  // of all streams: those of stream s are at starts[s] .. starts[s + 1]
+  std::vector<int64_t> starts, inputs;
+  std::vector<T> deltas;
+};
+
+template <int bytes, class T>
+TZ_INLINE void encode_body(const T* __restrict x, const T* __restrict ref, const T* quantum,
+                           bool per_input, T threshold, int64_t n, T* __restrict new_ref,
+                           T* __restrict delta) {
+  if (!quantum) {
+    for (int64_t j = 0; j < n; ++j) delta[j] = change(x[j], ref[j], threshold, new_ref + j);
+  } else if (per_input) {
+    for (int64_t j = 0; j < n; ++j)
+      delta[j] = change(quantised(x[j], quantum[j]), ref[j], threshold, new_ref + j);
+  } else {
+    for (int64_t j = 0; j < n; ++j)
+      delta[j] = change(quantised(x[j], *quantum), ref[j], threshold, new_ref + j);
+  }
+}
+TZ_ISA(encode, encode_body)
+
+template <class T>
+Changed<T> find_changed(const T* x, const T* ref, const T* quantum, bool per_input, T threshold,
+                        int64_t streams, int64_t inputs, T* new_ref) {
+  Changed<T> found;
+  std::vector<T> delta(inputs);
+  found.starts.push_back(0);
+  for (int64_t s = 0; s < streams; ++s) {
+    const int64_t at = s * inputs;
+    encode(x + at, ref + at, quantum, per_input, threshold, inputs, new_ref + at, delta.data());
+    for (int64_t j = 0; j < inputs; ++j) {
+      if (delta[j] != T(0)) {  // a NaN is a change
+        found.inputs.push_back(j);
+        found.deltas.push_back(delta[j]);
+      }
+    }
+    found.starts.push_back(static_cast<int64_t>(found.inputs.size()));
+  }
+  return found;
+}
+
+template <class T, class W>
+void add_changed(const Changed<T>& changed, const Tensor& weight_t, const T* acc, T* new_acc) {
+  const int64_t streams = static_cast<int64_t>(changed.starts.size()) - 1;
+  const int64_t outputs = weight_t.size(1), tiles = (outputs + TILE - 1) / TILE;
+  const W* weight = weight_t.const_data_ptr<W>();
+  parallel_for(0, streams * tiles, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t s = task / tiles, o = task % tiles * TILE, n = std::min(TILE, outputs - o);
+      const int64_t first = changed.starts[s], count = changed.starts[s + 1] - first;
+      T* out = new_acc + s * outputs + o;
+      std::copy_n(acc + s * outputs + o, n, out);
+      accumulate(changed.deltas.data() + first, changed.inputs.data() + first, count, weight + o,
+                 outputs, out, n);
+    }
+  });
+}
+
+template <class T>
+void step(const Tensor& x, const Tensor& x_ref, const Tensor& acc, const Tensor& weight_t,
+          const std::optional<Tensor>& quantum, double threshold, Tensor& new_acc, Tensor& new_ref) {
+  const int64_t inputs = weight_t.size(0);
+  const int64_t streams = inputs ? x.numel() / inputs : 0;
+  const T* a = acc.const_data_ptr<T>();
+  T* out = new_acc.mutable_data_ptr<T>();
+  if (!streams) return void(std::copy_n(a, acc.numel(), out));
+  const Changed<T> changed = find_changed(
+      x.const_data_ptr<T>(), x_ref.const_data_ptr<T>(),
+      quantum ? quantum->const_data_ptr<T>() : nullptr, quantum && quantum->numel() > 1,
+      static_cast<T>(threshold), streams, inputs, new_ref.mutable_data_ptr<T>());
+  switch (weight_t.scalar_type()) {
+    case ScalarType::BFloat16:
+      return add_changed<T, torch::headeronly::BFloat16>(changed, weight_t, a, out);
+    case ScalarType::Half:
+      return add_changed<T, torch::headeronly::Half>(changed, weight_t, a, out);
+    default: return add_changed<T, T>(changed, weight_t, a, out);
+  }
+}
+
+std::tuple<Tensor, Tensor> delta_linear_step(const Tensor& x, const Tensor& x_ref, const Tensor& acc,
+                                             const Tensor& weight_t, std::optional<Tensor> quantum,
+                                             double threshold) {
+  using torch::stable::contiguous;
+  const ScalarType type = acc.scalar_type(), held = weight_t.scalar_type();
+  STD_TORCH_CHECK(type == x.scalar_type() && type == x_ref.scalar_type() &&
+                      (!quantum || quantum->scalar_type() == type),
+                  "delta_linear_step: x, x_ref, acc and quantum must have one type");
+  STD_TORCH_CHECK(held == type || held == ScalarType::BFloat16 || held == ScalarType::Half,
+                  "delta_linear_step: weight_t must have the type of acc or a half one");
+  const int64_t inputs = weight_t.size(0), outputs = weight_t.size(1);
+  STD_TORCH_CHECK(x.numel() == x_ref.numel() && x.size(-1) == inputs && acc.size(-1) == outputs &&
+                      x.numel() * outputs == acc.numel() * inputs &&
+                      (!quantum || quantum->numel() == 1 || quantum->numel() == inputs),
+                  "delta_linear_step: shapes that don't fit together");
+  if (quantum) quantum = contiguous(*quantum);
+  const Tensor dense = contiguous(acc), ref = contiguous(x_ref);
+  Tensor new_acc = torch::stable::empty_like(dense), new_ref = torch::stable::empty_like(ref);
+  if (type == ScalarType::Double)
+    step<double>(contiguous(x), ref, dense, contiguous(weight_t), quantum, threshold, new_acc, new_ref);
+  else if (type == ScalarType::Float)
+    step<float>(contiguous(x), ref, dense, contiguous(weight_t), quantum, threshold, new_acc, new_ref);
+  else
+    STD_TORCH_CHECK(false, "delta_linear_step: acc must be float32 or float64");
+  return {new_acc, new_ref};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(torchzoo, CPU, m) {
+  m.impl("delta_linear_step", TORCH_BOX(&delta_linear_step));
+}
+
+}  // namespace torchzoo

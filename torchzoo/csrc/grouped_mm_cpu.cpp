@@ -1,0 +1,132 @@
+// grouped_mm: y[rows of e] = x[rows of e]·weight[e], and dweight[e] = x[rows of e]ᵀ·grad[rows of e].
+//
+// A task is a group and a strip of STRIP output columns. Tasks are cut into runs of equal cost, one
+// run a thread, so that skewed groups don't leave a thread idle; what a task computes does not depend
+// on who runs it, so results are the same for any number of threads. Each weight is read once.
+#include "gemm.h"
+
+namespace torchzoo {
+namespace {
+
+constexpr int64_t STRIP = 128;
+
+struct Product {  // one group: C(m, n) = A(m, k)·B(k, n)
+  int64_t m, k;
+};
+
+// Calls run(group, first column, columns, scratch) for every group and strip.
+template <class Acc, class Run>
+void for_strips(const std::vector<Product>& groups, int64_t n, const Run& run) {
+  const int64_t strips = (n + STRIP - 1) / STRIP;
+  const int64_t tasks = static_cast<int64_t>(groups.size()) * strips;
+  if (!tasks) return;
+  std::vector<double> cost(1, 0.0);
+  cost.reserve(tasks + 1);
+  for (const Product& g : groups)  // packing costs about as much as 8 rows of products
+    for (int64_t s = 0; s < strips; ++s) cost.push_back(cost.back() + 1.0 + (g.m + 8.0) * (g.k + 1.0));
+  const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), tasks);
+  auto first = [&](int64_t t) {
+    const double share = cost.back() * static_cast<double>(t) / static_cast<double>(threads);
+    return t == threads ? tasks : std::lower_bound(cost.begin(), cost.end(), share) - cost.begin();
+  };
+  parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+    std::vector<Acc> scratch(gemm_scratch(STRIP));
+    for (int64_t task = first(begin); task < first(end); ++task) {
+      const int64_t j = task % strips * STRIP;
+      run(task / strips, j, std::min(STRIP, n - j), scratch.data());
+    }
+  });
+}
+
+template <class Acc>
+void zero(Acc* out, int64_t rows, int64_t columns, int64_t stride) {
+  for (int64_t i = 0; i < rows; ++i) std::fill_n(out + i * stride, columns, Acc(0));
+}
+
+struct Ends {  // offsets, checked: the caller may have been traced or run on another device
+  std::vector<int64_t> at{0};
+  Ends(const Tensor& offsets, int64_t rows) {
+    const Tensor dense = torch::stable::contiguous(offsets);
+    const int32_t* ends = dense.const_data_ptr<int32_t>();
+    for (int64_t e = 0; e < offsets.numel(); ++e) {
+      STD_TORCH_CHECK(at.back() <= ends[e] && ends[e] <= rows,
+                      "offsets: expected ends that don't decrease within [0, ", rows, "], got ",
+                      ends[e], " after ", at.back());
+      at.push_back(ends[e]);
+    }
+  }
+  int64_t rows(int64_t e) const { return at[e + 1] - at[e]; }
+};
+
+template <class T, class Acc>
+void forward(const Tensor& x, const Tensor& weight, const Ends& ends, Tensor& out) {
+  const int64_t k = x.size(1), n = weight.size(2), last = ends.at.back();
+  const T *a = x.const_data_ptr<T>(), *w = weight.const_data_ptr<T>();
+  Acc* c = out.mutable_data_ptr<Acc>();
+  std::vector<Product> groups;
+  for (int64_t e = 0; e < weight.size(0); ++e) groups.push_back({ends.rows(e), ends.rows(e) ? k : 0});
+  for_strips<Acc>(groups, n, [&](int64_t e, int64_t j, int64_t columns, Acc* scratch) {
+    Acc* strip = c + ends.at[e] * n + j;
+    if (!k) return zero(strip, ends.rows(e), columns, n);
+    if (!ends.rows(e)) return;
+    gemm(Matrix<T>{a + ends.at[e] * k, k, 1},
+         Matrix<T>{w + e * weight.stride(0) + j * weight.stride(2), weight.stride(1), weight.stride(2)},
+         strip, n, ends.rows(e), columns, k, scratch);
+  });
+  zero(c + last * n, x.size(0) - last, n, n);
+}
+
+template <class T, class Acc>
+void backward_weight(const Tensor& x, const Tensor& grad, const Ends& ends, Tensor& out) {
+  const int64_t k = x.size(1), n = grad.size(1), count = out.size(0);
+  const T *a = x.const_data_ptr<T>(), *g = grad.const_data_ptr<T>();
+  Acc* c = out.mutable_data_ptr<Acc>();
+  std::vector<Product> groups;
+  for (int64_t e = 0; e < count; ++e) groups.push_back({k, ends.rows(e)});
+  for_strips<Acc>(groups, n, [&](int64_t e, int64_t j, int64_t columns, Acc* scratch) {
+    Acc* strip = c + e * k * n + j;
+    if (!ends.rows(e)) return zero(strip, k, columns, n);
+    gemm(Matrix<T>{a + ends.at[e] * k, 1, k}, Matrix<T>{g + ends.at[e] * n + j, n, 1}, strip, n, k,
+         columns, ends.rows(e), scratch);
+  });
+}
+
+// Runs `op` with the element type and the type that sums are kept in; half sums are rounded once.
+template <class Op>
+Tensor with_types(const Tensor& like, std::vector<int64_t> shape, const Op& op) {
+  const ScalarType type = like.scalar_type();
+  const bool wide = type == ScalarType::Float || type == ScalarType::Double;
+  Tensor out = torch::stable::new_empty(like, shape, wide ? type : ScalarType::Float);
+  switch (type) {
+    case ScalarType::Float: op.template operator()<float, float>(out); break;
+    case ScalarType::Double: op.template operator()<double, double>(out); break;
+    case ScalarType::BFloat16: op.template operator()<torch::headeronly::BFloat16, float>(out); break;
+    case ScalarType::Half: op.template operator()<torch::headeronly::Half, float>(out); break;
+    default: STD_TORCH_CHECK(false, "grouped_mm: expected a floating-point type");
+  }
+  return wide ? out : torch::stable::to(out, type);
+}
+
+Tensor grouped_mm(const Tensor& x, const Tensor& weight, const Tensor& offsets) {
+  const Ends ends(offsets, x.size(0));
+  const Tensor rows = torch::stable::contiguous(x);
+  return with_types(x, {x.size(0), weight.size(2)},
+                    [&]<class T, class Acc>(Tensor& out) { forward<T, Acc>(rows, weight, ends, out); });
+}
+
+Tensor grouped_mm_dweight(const Tensor& x, const Tensor& grad, const Tensor& offsets) {
+  const Ends ends(offsets, x.size(0));
+  const Tensor rows = torch::stable::contiguous(x), upstream = torch::stable::contiguous(grad);
+  return with_types(x, {offsets.numel(), x.size(1), grad.size(1)}, [&]<class T, class Acc>(Tensor& out) {
+    backward_weight<T, Acc>(rows, upstream, ends, out);
+  });
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(torchzoo, CPU, m) {
+  m.impl("grouped_mm", TORCH_BOX(&grouped_mm));
+  m.impl("grouped_mm_dweight", TORCH_BOX(&grouped_mm_dweight));
+}
+
+}  // namespace torchzoo

@@ -1,0 +1,12 @@
+"""Custom operators, one file an op: public function, reference, fake and autograd.
+
+Importing the operators loads the kernel libraries that are there (see `torchzoo.ops.library`).
+"""
+
+from torchzoo.ops import library
+from torchzoo.ops.delta_linear import delta_linear, delta_linear_step, delta_scan
+from torchzoo.ops.grouped_mm import grouped_mm
+
+__all__ = ["delta_linear", "delta_linear_step", "delta_scan", "grouped_mm"]
+
+library.load()
