@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
@@ -33,7 +34,8 @@ def build(
 
     Example: [bold]torchzoo build[/bold]
     """
-    with working("importing torch"):
+    with working("importing torch"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that nothing is built yet is why this command runs
         from torchzoo.ops import building
 
     console = stderr()
