@@ -43,11 +43,11 @@ void zero(Acc* out, int64_t rows, int64_t columns, int64_t stride) {
   for (int64_t i = 0; i < rows; ++i) std::fill_n(out + i * stride, columns, Acc(0));
 }
 
-struct Ends {  // offsets, checked: the caller may have been traced or run on another device
+struct Ends {  // offsets, checked: nobody checks them where the caller was traced
   std::vector<int64_t> at{0};
   Ends(const Tensor& offsets, int64_t rows) {
-    const Tensor dense = torch::stable::contiguous(offsets);
-    const int32_t* ends = dense.const_data_ptr<int32_t>();
+    const Tensor dense = torch::stable::contiguous(torch::stable::to(offsets, ScalarType::Long));
+    const int64_t* ends = dense.const_data_ptr<int64_t>();
     for (int64_t e = 0; e < offsets.numel(); ++e) {
       STD_TORCH_CHECK(at.back() <= ends[e] && ends[e] <= rows,
                       "offsets: expected ends that don't decrease within [0, ", rows, "], got ",
