@@ -27,6 +27,7 @@ autodoc_typehints_description_target = "documented_params"
 autodoc_member_order = "bysource"
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
+napoleon_use_ivar = True
 napoleon_custom_sections = [("Shape", "returns_style"), ("Source", "notes_style")]
 exclude_patterns = ["_build"]
 html_theme = "furo"

@@ -90,6 +90,7 @@ def test_folder_has_config_weights_and_card(saved):
         "class": f"{__name__}:Part",
         "config": {"dim": 3, "limits": {"tuple": [0, 1]}, "dtype": None},
     }
+    assert {path.stat().st_mode & 0o777 for path in folder.iterdir()} == {0o644}
     card = (folder / "README.md").read_text()
     for text in ("# Part", "A linear map.", "Nobody, Nothing in Particular", "from_pretrained"):
         assert text in card

@@ -127,7 +127,9 @@ class ZooModel(
         return folder
 
     def _save_pretrained(self, save_directory: Path) -> None:
-        save_model(self, str(save_directory / _weights.TENSORS))
+        path = save_directory / _weights.TENSORS
+        save_model(self, str(path))
+        path.chmod(0o644)  # safetensors leaves it to its owner alone
 
     def generate_model_card(self, *args: Any, **kwargs: Any) -> ModelCard:
         """A short card: what the module computes, its source, and how to load it."""

@@ -70,8 +70,8 @@ class MultiHeadGaussianAdaptiveAttention(ZooModel):
 
     The norm axis of length n is cut into `num_heads` contiguous chunks of `n // num_heads` (the
     last takes the remainder), each with its own statistics and parameters. Chunks should have
-    three elements or more: with two, |z| is 1 for every input and the gate of a fresh module is
-    constant, with one it is 1; a shorter chunk gives one warning.
+    three elements or more: with two, z is 1 or -1 for every input and the gate of a fresh module
+    is constant, with one it is 1; a shorter chunk gives one warning.
 
     Args:
         dim: Number of features D.

@@ -318,7 +318,7 @@ class L1Activation(_PenalisedActivation):
 
     Args:
         activation: `"relu"`, `"softmax"` (over the channels) or `"none"`.
-        rate: Weight of the penalty rate · fan_out · mean |a|, ≥ 0.
+        rate: Weight of the penalty rate · fan_out · mean abs(a), ≥ 0.
         fan_out: Multiplications that a non-zero output costs, a second factor of the penalty.
 
     Shape:
