@@ -3,13 +3,14 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 OUT    ?= torchzoo-quickstart
-# Two processes with one thread each suit two cores; override on a larger machine.
+# One test process a core, each with one thread.
+TORCH  ?= 2.13.0
 JOBS   ?= $(shell nproc 2>/dev/null || echo 2)
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 PROJECT := setup.cfg pyproject.toml setup.py
 KERNELS := $(wildcard torchzoo/csrc/*) torchzoo/ops/building.py
 
-.PHONY: help setup demo test test-slow lint format types imports docs notebooks wheel wheel-test clean
+.PHONY: help setup demo test test-slow lint format types imports docs notebooks wheel wheel-test test-abi test-sanitize clean
 
 help:  ## Show the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -71,6 +72,22 @@ wheel-test: wheel  ## Install the wheel into an empty environment and try it the
 	$(PYTHON) -m venv build/wheel-test/venv
 	build/wheel-test/venv/bin/python -m pip install --quiet dist/*.whl
 	cd build/wheel-test && sh ../../tests/smoke.sh venv/bin
+
+test-abi: $(VENV)/.dev-ready  ## Load the CPU kernels, as built here, into another torch (TORCH=2.13.0)
+	$(BIN)/torchzoo build --out build/abi
+	test -x build/abi/$(TORCH)/bin/python || $(PYTHON) -m venv build/abi/$(TORCH)
+	build/abi/$(TORCH)/bin/python -m pip install --quiet torch==$(TORCH) numpy
+	for python in $(BIN)/python build/abi/$(TORCH)/bin/python; do \
+	  PYTHONPATH=. $$python tests/abi.py build/abi/libtorchzoo_cpu.so || exit 1; done
+
+# The sanitizers watch the kernels alone: torch and Python are not built with them.
+test-sanitize: $(VENV)/.dev-ready  ## Run the operators' tests on kernels built with ASan and UBSan
+	TORCHZOO_CACHE=build/sanitize TORCHZOO_OPS=reference $(BIN)/python -c \
+	  "from torchzoo.ops import building; print(building.build('cpu', flags=['-O1', '-g', \
+	  '-fsanitize=address,undefined', '-fno-sanitize-recover=undefined']))"
+	TORCHZOO_CACHE=build/sanitize TORCHZOO_OPS=native ASAN_OPTIONS=detect_leaks=0 \
+	  LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
+	  $(PYTEST) tests/ops -p no:xdist -q --ignore tests/ops/test_library.py $(PYTEST_ARGS)
 
 clean:  ## Remove what the targets made, but not the environment
 	rm -rf build dist docs/_build docs/generated *.egg-info .mypy_cache .pytest_cache .ruff_cache

@@ -15,7 +15,8 @@ def test_json_says_what_runs(run):
     assert (code, err) == (0, "")
     assert about["torch"] == torch.__version__
     assert about["cuda"]["built_for"] == torch.version.cuda
-    assert list(about["ops"]) == ops.__all__
+    assert list(about["ops"]) == [op for op in ops.__all__ if hasattr(torch.ops.torchzoo, op)]
+    assert {"delta_linear_step", "grouped_mm"} <= about["ops"].keys()
     for state in about["ops"].values():
         assert state["backend"] in ("reference", "native")
         assert state["reason"]

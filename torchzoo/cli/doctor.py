@@ -83,6 +83,8 @@ def _kernels() -> dict[str, Any]:
     """The kernel libraries, and what each operator runs on."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what the warning says is what the doctor shows
+        import torch
+
         from torchzoo import ops
         from torchzoo.ops import library
 
@@ -96,6 +98,7 @@ def _kernels() -> dict[str, Any]:
         "ops": {
             op: dict(zip(("backend", "reason"), library.backend(op), strict=True))
             for op in ops.__all__
+            if hasattr(torch.ops.torchzoo, op)  # the others are made of these
         },
     }
 

@@ -6,7 +6,16 @@ Importing the operators loads the kernel libraries that are there (see `torchzoo
 from torchzoo.ops import library
 from torchzoo.ops.delta_linear import delta_linear, delta_linear_step, delta_scan
 from torchzoo.ops.grouped_mm import grouped_mm
+from torchzoo.ops.sparse_ffn import FFNStats, pack_ffn, sparse_ffn
 
-__all__ = ["delta_linear", "delta_linear_step", "delta_scan", "grouped_mm"]
+__all__ = [
+    "FFNStats",
+    "delta_linear",
+    "delta_linear_step",
+    "delta_scan",
+    "grouped_mm",
+    "pack_ffn",
+    "sparse_ffn",
+]
 
 library.load()
