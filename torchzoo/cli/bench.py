@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from torchzoo.catalogue import suggest
-from torchzoo.cli._output import Json, print_json, stderr, stdout, working
+from torchzoo.cli._output import print_json, stderr, stdout, working
 from torchzoo.errors import UnknownNameError
 from torchzoo.files import write_json
 
@@ -22,12 +22,12 @@ def bench(
         list[str] | None, typer.Option(help="Only cases whose name holds this; may be repeated.")
     ] = None,
     json_file: Annotated[
-        Path | None, typer.Option("--json-file", help="Save the figures here.", show_default=False)
+        Path | None,
+        typer.Option("--json", help="Save the figures here; - prints them.", show_default=False),
     ] = None,
     plot: Annotated[
         Path | None, typer.Option(help="Save a log-log plot here (PNG).", show_default=False)
     ] = None,
-    as_json: Json = False,
 ) -> None:
     """Time an operator against its peers, interleaved in one process.
 
@@ -52,11 +52,12 @@ def bench(
         result = benchmark.run(
             definition, device=device, rounds=rounds, only=case or (), progress=tick
         )
-    if json_file:
+    printed = str(json_file) == "-"
+    if json_file and not printed:
         write_json(json_file, result)
     if plot:
         benchmark.save_plot(result, plot)
-    if as_json:
+    if printed:
         print_json(result)
     else:
         stdout().print(benchmark.table(result))
