@@ -30,6 +30,7 @@ constexpr int64_t BLOCK = 16;   // tokens summed together
 Tensor zeros(const Tensor& like, std::vector<int64_t> sizes, ScalarType type) {
   Tensor out = torch::stable::new_empty(like, sizes, type);
   const int64_t size = out.numel() * static_cast<int64_t>(out.element_size());
+  if (!size) return out;
   char* data = static_cast<char*>(out.mutable_data_ptr());
   char *from = data, *to = data;
 #ifdef __linux__
