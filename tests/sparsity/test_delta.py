@@ -227,6 +227,13 @@ def test_constant_video():
             _, state = linear.step(levels[:, t], state)
         assert meter.dense_macs == 2 * 8 * 5
         assert meter.macs == (int((levels[:, 0] != 0).sum()) * 5 if t == 0 else 0)
+    conv = DeltaConv2d(2, 3, 3)
+    frame = torch.randn(1, 4, 5, 2)
+    state = conv.init_state((1, 4, 5))
+    for t in range(3):
+        with DeltaMeter() as meter:
+            _, state = conv.step(frame, state)
+        assert meter.macs == (0 if t else meter.dense_macs) == (0 if t else 6 * 9 * 2 * 3)
 
 
 @pytest.mark.claim(

@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from torchzoo.ops import delta_linear_step
+from torchzoo.ops.delta_conv2d import delta_conv2d_step
 from torchzoo.sparsity import DeltaActivation, DeltaMeter, L1Activation
 
 
@@ -59,6 +61,40 @@ def test_multiplications_of_steps(leading):
     assert meter.dense_macs == 2 * x.numel() * 7
     delta_linear_step(x, x_ref, acc, weight_t)
     assert meter.macs == expected
+
+
+@pytest.mark.claim(
+    157,
+    "For a convolution the meter counts, for each changed input, the outputs that its kernel "
+    "carries it to, times the output channels",
+    tolerance=0.0,
+)
+@pytest.mark.parametrize(
+    ("kernel", "options"),
+    [
+        ((3, 3), {"padding": 1}),
+        ((3, 2), {"stride": (2, 1), "padding": (0, 2), "dilation": (1, 3)}),
+        ((2, 2), {"stride": 3}),
+    ],
+)
+@pytest.mark.parametrize("leading", [(), (2, 3)])
+def test_multiplications_of_convolutions(kernel, options, leading):
+    torch.manual_seed(0)
+    x_ref = torch.randn(*leading, 2, 7, 6)
+    x = torch.where(torch.rand(x_ref.shape) < 0.5, x_ref, torch.randn(x_ref.shape))
+    weight = torch.randn(5, 2, *kernel)
+
+    def multiplications(changed):
+        """As a convolution with ones counts: how many changed inputs each output sees."""
+        frames = changed.double().reshape(-1, 2, 7, 6)
+        return int(F.conv2d(frames, torch.ones(5, 2, *kernel).double(), **options).sum())
+
+    acc = torch.zeros(*leading, *F.conv2d(torch.zeros(1, 2, 7, 6), weight, **options).shape[1:])
+    with DeltaMeter() as meter:
+        delta_conv2d_step(x, x_ref, acc, weight, **options)
+    assert meter.macs == multiplications(x != x_ref)
+    assert meter.dense_macs == multiplications(torch.ones_like(x))
+    assert 0 < meter.macs < meter.dense_macs
 
 
 def test_nothing_seen_is_zero():

@@ -14,7 +14,13 @@ namespace torchzoo {
 // Q(x) = quantum·round(x / quantum), half to even.
 template <class T>
 TZ_HOST_DEVICE T quantised(T x, T quantum) {
-  return quantum * nearbyint(x / quantum);
+  const T steps = nearbyint(x / quantum);
+#ifdef __CUDA_ARCH__  // rounded by itself: nvcc would fuse it with the difference that `change` takes
+  if constexpr (sizeof(T) == sizeof(float)) return __fmul_rn(quantum, steps);
+  else return __dmul_rn(quantum, steps);
+#else
+  return quantum * steps;
+#endif
 }
 
 // What is sent of level `sent` against the last `ref`: the new reference and the change, 0 if none.

@@ -4,7 +4,7 @@
 // outputs) tasks and add the rows of weight_t, ROWS at a time, so that a tile of acc is read and
 // written once for ROWS rows. Traffic: the changed rows, once. The order of additions is that of the
 // inputs, whatever the number of threads.
-#include "delta_linear.h"
+#include "delta_encode.h"
 #include "rows.h"
 
 namespace torchzoo {
@@ -17,22 +17,6 @@ struct Changed {  // of all streams: those of stream s are at starts[s] .. start
   std::vector<int64_t> starts, inputs;
   std::vector<T> deltas;
 };
-
-template <int bytes, class T>
-TZ_INLINE void encode_body(const T* __restrict x, const T* __restrict ref, const T* quantum,
-                           bool per_input, T threshold, int64_t n, T* __restrict new_ref,
-                           T* __restrict delta) {
-  if (!quantum) {
-    for (int64_t j = 0; j < n; ++j) delta[j] = change(x[j], ref[j], threshold, new_ref + j);
-  } else if (per_input) {
-    for (int64_t j = 0; j < n; ++j)
-      delta[j] = change(quantised(x[j], quantum[j]), ref[j], threshold, new_ref + j);
-  } else {
-    for (int64_t j = 0; j < n; ++j)
-      delta[j] = change(quantised(x[j], *quantum), ref[j], threshold, new_ref + j);
-  }
-}
-TZ_ISA(encode, encode_body)
 
 template <class T>
 Changed<T> find_changed(const T* x, const T* ref, const T* quantum, bool per_input, T threshold,

@@ -4,12 +4,15 @@ Importing the operators loads the kernel libraries that are there (see `torchzoo
 """
 
 from torchzoo.ops import library
+from torchzoo.ops.delta_conv2d import delta_conv2d, delta_conv2d_step
 from torchzoo.ops.delta_linear import delta_linear, delta_linear_step, delta_scan
 from torchzoo.ops.grouped_mm import grouped_mm
 from torchzoo.ops.sparse_ffn import FFNStats, pack_ffn, sparse_ffn
 
 __all__ = [
     "FFNStats",
+    "delta_conv2d",
+    "delta_conv2d_step",
     "delta_linear",
     "delta_linear_step",
     "delta_scan",

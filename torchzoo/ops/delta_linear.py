@@ -80,10 +80,10 @@ def delta_linear_step(
         raise ValueError(f"x, x_ref, acc, weight_t: expected one device, got {devices}")
     _refuse_forward_mode(*tensors)
     dtype = state_dtype(*tensors)
-    weight_t = weight_t if _is_half(weight_t) else weight_t.to(dtype)
+    weight_t = weight_t if is_half(weight_t) else weight_t.to(dtype)
     state = (tensor.to(dtype) for tensor in (x, x_ref, acc))
     return torch.ops.torchzoo.delta_linear_step(
-        *state, weight_t, _as_tensor(quantum, x, dtype), float(threshold)
+        *state, weight_t, as_quantum(quantum, x, dtype), float(threshold)
     )
 
 
@@ -162,8 +162,8 @@ def delta_scan(
     """
     if x.ndim < 2:
         raise ValueError(f"x: expected at least 2 dimensions (..., T, I), got {tuple(x.shape)}")
-    _check_options(x.shape[-1], threshold, quantum)
-    step = _as_tensor(quantum, x, x.dtype)
+    check_options(x.shape[-1], threshold, quantum)
+    step = as_quantum(quantum, x, x.dtype)
     start = x.new_zeros((*x.shape[:-2], 1, x.shape[-1]))
     if threshold == 0:
         x_ref, _ = encode(x, torch.zeros_like(x), step, 0.0)
@@ -210,11 +210,11 @@ def _refuse_forward_mode(*tensors: Tensor) -> None:
         raise NotImplementedError("delta_linear_step: no forward-mode derivative, use reverse mode")
 
 
-def _is_half(tensor: Tensor) -> bool:
+def is_half(tensor: Tensor) -> bool:
     return tensor.dtype in (torch.bfloat16, torch.float16)
 
 
-def _as_tensor(quantum: float | Tensor | None, like: Tensor, dtype: torch.dtype) -> Tensor | None:
+def as_quantum(quantum: float | Tensor | None, like: Tensor, dtype: torch.dtype) -> Tensor | None:
     if quantum is None:
         return None
     return torch.as_tensor(quantum, dtype=dtype, device=like.device)
@@ -231,10 +231,10 @@ def _check(x: Tensor, weight_t: Tensor, threshold: float, quantum: float | Tenso
     for name, tensor in (("x", x), ("weight_t", weight_t)):
         if not tensor.is_floating_point():
             raise ValueError(f"{name}: expected a floating-point tensor, got {tensor.dtype}")
-    _check_options(x.shape[-1], threshold, quantum)
+    check_options(x.shape[-1], threshold, quantum)
 
 
-def _check_options(features: int, threshold: float, quantum: float | Tensor | None) -> None:
+def check_options(features: int, threshold: float, quantum: float | Tensor | None) -> None:
     if not threshold >= 0:
         raise ValueError(f"threshold: expected a number ≥ 0, got {threshold}")
     if isinstance(quantum, Tensor):

@@ -1,8 +1,9 @@
 """Linear layers of a stream: computed whole for training, from what changed for inference.
 
 With frames x_t, the inputs last sent x_ref and the accumulator acc, a step is
-`delta_linear_step(x_t, x_ref, acc, weightᵀ)`, and acc = dense(x_ref) holds at every step: the
-stream gives what the whole computation gives, up to rounding.
+`delta_linear_step(x_t, x_ref, acc, weightᵀ)`, or `delta_conv2d_step` for a convolution, and
+acc = dense(x_ref) holds at every step: the stream gives what the whole computation gives, up to
+rounding.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from torchzoo.hub import ZooModel
-from torchzoo.ops.delta_linear import delta_linear_step, delta_scan, encode, state_dtype
+from torchzoo.ops.delta_conv2d import delta_conv2d_step
+from torchzoo.ops.delta_linear import delta_linear_step, delta_scan, state_dtype
 from torchzoo.registry import Example, register
 
 
@@ -238,8 +240,9 @@ class DeltaLinear(_DeltaLayer):
 class DeltaConv2d(_DeltaLayer):
     """A 2-D convolution, channels last, with a streaming form that skips unchanged inputs.
 
-    The step is `delta_linear_step` on the patches of the frame: a changed input costs as many
-    multiplications as it has outputs in reach. Weights are those of `nn.Conv2d`, name by name.
+    The step is `delta_conv2d_step`: a changed input costs as many multiplications as it has
+    outputs in reach. Weights are those of `nn.Conv2d`, name by name; a model from
+    `fold_to_streaming` keeps those of an input channel side by side, as they are read.
 
     Args:
         in_channels: Input channels C.
@@ -361,23 +364,19 @@ class DeltaConv2d(_DeltaLayer):
         return rearrange(y, "n c h w -> n h w c").unflatten(0, x.shape[:-3])
 
     def _accumulate(self, x_t: Tensor, x_ref: Tensor, acc: Tensor) -> tuple[Tensor, Tensor]:
-        acc, _ = delta_linear_step(
-            self._patches(x_t),
-            self._patches(x_ref),
-            acc,
-            self.weight.flatten(1).mT,
+        result = delta_conv2d_step(
+            x_t.movedim(-1, -3),
+            x_ref.movedim(-1, -3),
+            acc.movedim(-1, -3),
+            self.weight,
+            stride=self.stride,
+            padding=self.padding,
+            dilation=self.dilation,
             threshold=self.threshold,
             quantum=self.quantum,
         )
-        x_t = x_t.to(x_ref.dtype)
-        quantum = None if self.quantum is None else x_t.new_tensor(self.quantum)
-        return acc, encode(x_t, x_ref, quantum, self.threshold)[0]
-
-    def _patches(self, x: Tensor) -> Tensor:
-        """What each output sees, (B, H', W', C · kernel), in the order of the flattened weights."""
-        frames = rearrange(x, "... h w c -> (...) c h w")
-        patches = F.unfold(frames, self.kernel_size, self.dilation, self.padding, self.stride)
-        return patches.mT.reshape(*self._out_shape(x.shape[:-1]), patches.shape[1])
+        acc, x_ref = (tensor.movedim(-3, -1) for tensor in result)
+        return acc, x_ref
 
     def extra_repr(self) -> str:
         return (

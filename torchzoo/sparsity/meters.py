@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from torchzoo.ops.delta_conv2d import reach
 from torchzoo.sparsity.delta import DeltaActivation, L1Activation
 
 
@@ -53,10 +54,11 @@ class DeltaMeter:
     """Counts, while it is entered, what a zero-skipping machine would have to do.
 
     Two kinds of figures: for sequences that run through `model`, the share of its activations that
-    are not zero (spatial) and that change between frames (temporal); for every `delta_linear_step`,
-    whoever calls it, the multiplications that the step does, Σ nnz(Δ) · outputs. Nothing waits for
-    the device until a figure is read. Compiled graphs keep their steps to themselves, so that their
-    multiplications are not counted.
+    are not zero (spatial) and that change between frames (temporal); for every `delta_linear_step`
+    and `delta_conv2d_step`, whoever calls it, the multiplications that the step does: Σ nnz(Δ) ·
+    outputs, where an input of a convolution has as many outputs as its kernel carries it to, those
+    beyond the frame's edge left out. Nothing waits for the device until a figure is read. Compiled
+    graphs keep their steps to themselves, so that their multiplications are not counted.
 
     Args:
         model: Whose activations are watched: `DeltaActivation`, `L1Activation` and `nn.ReLU` layers
@@ -64,7 +66,7 @@ class DeltaMeter:
 
     Attributes:
         layers: The counts of each watched layer that ran, by name.
-        dense_macs: Multiplications that the steps would have done without skipping.
+        dense_macs: Multiplications that the steps would have done had every input changed.
 
     Raises:
         ValueError: `model` has no layer to watch, or a watched input has fewer than 3 dimensions.
@@ -141,20 +143,29 @@ class DeltaMeter:
 
         return count
 
-    def _count_step(self, x_ref: Tensor, weight_t: Tensor, new_ref: Tensor) -> None:
-        self._macs = self._macs + (new_ref != x_ref).sum() * weight_t.shape[1]
-        self.dense_macs += x_ref.numel() * weight_t.shape[1]
+    def _count_step(self, changed: Tensor, fan_out: Tensor) -> None:
+        """Add a step's multiplications; `fan_out` is how many an input costs, (1,) or (H, W, 1)."""
+        per_place = changed.sum(-1, keepdim=True)
+        self._macs = self._macs + (per_place * fan_out.to(changed.device, non_blocking=True)).sum()
+        self.dense_macs += int(fan_out.sum()) * (changed.numel() // fan_out.numel())
 
 
 class _StepCounter(TorchDispatchMode):
-    """Sees every call of the step operator below autograd, whichever kernel runs it."""
+    """Sees every call of a step operator below autograd, whichever kernel runs it."""
 
-    def __init__(self, count: Callable[[Tensor, Tensor, Tensor], None]):
+    def __init__(self, count: Callable[[Tensor, Tensor], None]):
         super().__init__()
         self._count = count
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if func is torch.ops.torchzoo.delta_linear_step.default:
-            self._count(args[1], args[3], result[1])
+        steps = torch.ops.torchzoo
+        if func is steps.delta_linear_step.default:
+            self._count(result[1] != args[1], torch.tensor([args[3].shape[1]]))
+        elif func is steps.delta_conv2d_step.default:
+            x_ref, weight_t, pairs = args[1], args[3], args[6:9]
+            axes = zip(x_ref.shape[-3:-1], weight_t.shape[1:3], *pairs, strict=True)
+            rows, columns = (reach(*axis) for axis in axes)
+            fan_out = rows[:, None, None] * columns[:, None] * weight_t.shape[3]
+            self._count(result[1] != x_ref, fan_out)
         return result
