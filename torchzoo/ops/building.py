@@ -26,7 +26,7 @@ TARGET = "-DTORCH_TARGET_VERSION=0x020a000000000000"
 CPU_FLAGS = ("-O3", "-std=c++20", "-fPIC", "-fvisibility=hidden", "-Wall", TARGET)
 ARCHITECTURES = ("80", "90", "100")
 CUDA_FLAGS = (
-    *("-O3", "-std=c++20", "-DUSE_CUDA", TARGET, "-Xcompiler=-fPIC,-fvisibility=hidden"),
+    *("-O3", "-std=c++20", "-DUSE_CUDA", TARGET, "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall"),
     *(f"-gencode=arch=compute_{a},code=sm_{a}" for a in ARCHITECTURES),
     f"-gencode=arch=compute_{ARCHITECTURES[-1]},code=compute_{ARCHITECTURES[-1]}",
 )
