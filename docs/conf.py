@@ -32,7 +32,6 @@ napoleon_custom_sections = [("Shape", "returns_style"), ("Source", "notes_style"
 exclude_patterns = ["_build"]
 html_theme = "furo"
 html_title = "torchzoo"
-html_static_path = ["_static"]
 suppress_warnings = ["myst.header"]
 
 

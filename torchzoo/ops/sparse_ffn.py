@@ -94,10 +94,10 @@ def sparse_ffn(
             `"fatrelu"` (relu whose small values are dropped, not shifted: `threshold` says which)
             or `"silu"`.
         shift: The shift of `"shifted_relu"`.
-        threshold: A neuron counts where |a| is strictly above this, ≥ 0, one for all or `(H,)`. NaN
-            counts. At 0 exact zeros are skipped, so y is that of the dense layer.
-        threshold_on: `"act"`: |a| is compared; `"product"`: |h|, which takes u of every neuron, so
-            that w_down_t alone is spared.
+        threshold: A neuron counts where abs(a) is strictly above this, ≥ 0, one for all or `(H,)`.
+            NaN counts. At 0 exact zeros are skipped, so y is that of the dense layer.
+        threshold_on: `"act"`: abs(a) is compared; `"product"`: abs(h), which takes u of every
+            neuron, so that w_down_t alone is spared.
         top_k: Of the neurons that count keep the k largest a, on ties the lowest.
         mask: Which neurons may count, as from a predictor. Rows that it rules out for every token
             are not read at all.
