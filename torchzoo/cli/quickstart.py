@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import logging
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from enum import StrEnum
 from importlib.util import find_spec
 from itertools import groupby
 from pathlib import Path
@@ -19,19 +17,12 @@ from rich.text import Text
 from rich.tree import Tree
 
 from torchzoo.cli._output import Json, print_json, stderr, stdout, working
+from torchzoo.cli._where import Device, check_folder, resolve_device
 from torchzoo.errors import TorchzooError
 
 if TYPE_CHECKING:
     from torchzoo.experiments.quickstart.composition import Part
     from torchzoo.experiments.quickstart.outcome import Outcome
-
-
-class Device(StrEnum):
-    """Where to train and stream; auto takes CUDA where it is."""
-
-    auto = "auto"
-    cpu = "cpu"
-    cuda = "cuda"
 
 
 def quickstart(
@@ -57,8 +48,8 @@ def quickstart(
     # Torch warns about a missing GPU where a CUDA toolkit is installed; nobody asked.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     with working("importing torch"):
-        target = _device(device)
-        _check_folder(out)
+        target = resolve_device(device)
+        check_folder(out)
         from torchzoo.experiments.quickstart import report
         from torchzoo.experiments.quickstart.composition import composition
         from torchzoo.experiments.quickstart.model import ZooVisionModel
@@ -90,26 +81,6 @@ def _check_packages() -> None:
         raise TorchzooError("the report needs matplotlib: pip install torchzoo[plot]")
     if find_spec("sklearn") is None:
         raise TorchzooError("the digits need scikit-learn: pip install torchzoo[train]")
-
-
-def _check_folder(out: Path) -> None:
-    """Fail before the work, rather than after it, where its results can't be written."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=out) as probe:
-            probe.write(b"\0" * 4096)
-    except OSError as error:
-        raise TorchzooError(f"can't write into {out}: {error.strerror or error}") from error
-
-
-def _device(wanted: Device) -> str:
-    import torch
-
-    if wanted is Device.cuda and not torch.cuda.is_available():
-        raise TorchzooError("--device cuda: this torch sees no CUDA device (see torchzoo doctor)")
-    if wanted is Device.auto:
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    return wanted.value
 
 
 @contextmanager

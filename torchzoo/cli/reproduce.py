@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import StrEnum
@@ -32,6 +31,7 @@ from torchzoo.cli._output import (
     verdict_text,
     working,
 )
+from torchzoo.cli._where import Device, check_folder, resolve_device
 from torchzoo.errors import TorchzooError, UnknownNameError
 
 if TYPE_CHECKING:
@@ -45,14 +45,6 @@ class Budget(StrEnum):
 
     full = "full"
     smoke = "smoke"
-
-
-class Device(StrEnum):
-    """Where the trials run; auto takes CUDA where it is."""
-
-    auto = "auto"
-    cpu = "cpu"
-    cuda = "cuda"
 
 
 def reproduce(
@@ -89,9 +81,9 @@ def reproduce(
     """
     chosen = _choose(name, family, every)
     _check_plot()
-    _check_folder(out)
+    check_folder(out)
     with working("importing torch"):
-        target = _device(device)
+        target = resolve_device(device)
     results, failed = [], 0
     for paper in chosen:
         try:
@@ -136,26 +128,6 @@ def _choose(name: str | None, family: str | None, every: bool) -> list[Paper]:
 def _check_plot() -> None:
     if find_spec("matplotlib") is None:
         raise TorchzooError("the plot needs matplotlib: pip install torchzoo[plot]")
-
-
-def _check_folder(out: Path) -> None:
-    """Fail before the run, rather than after it, where the results can't be written."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=out) as probe:
-            probe.write(b"\0" * 4096)
-    except OSError as error:
-        raise TorchzooError(f"can't write into {out}: {error.strerror or error}") from error
-
-
-def _device(wanted: Device) -> str:
-    import torch
-
-    if wanted is Device.cuda and not torch.cuda.is_available():
-        raise TorchzooError("--device cuda: this torch sees no CUDA device (see torchzoo doctor)")
-    if wanted is Device.auto:
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    return wanted.value
 
 
 def _run(paper: Paper, budget: str, seed: int, device: str, out: Path) -> Result:

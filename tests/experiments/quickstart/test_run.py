@@ -100,7 +100,7 @@ def test_bad_input_is_one_line_before_any_work(arguments, line, capsys, monkeypa
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
 def test_cuda_where_there_is_none_is_refused():
     with pytest.raises(TorchzooError, match="no CUDA device"):
-        quickstart._device(quickstart.Device.cuda)
+        quickstart.resolve_device(quickstart.Device.cuda)
 
 
 def test_a_missing_matplotlib_is_named_with_its_extra(monkeypatch):
