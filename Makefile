@@ -40,10 +40,10 @@ demo: $(VENV)/.demo-ready $(VENV)/.kernels  ## Set everything up and run the mai
 	$(BIN)/torchzoo quickstart --out $(OUT)
 
 test: $(VENV)/.dev-ready $(VENV)/.kernels  ## Set everything up and run the tests (PYTEST_ARGS=… for more)
-	$(PYTEST) -n $(JOBS) --claims torchzoo/claims.json $(PYTEST_ARGS)
+	$(PYTEST) -n $(JOBS) --claims=torchzoo/claims.json $(PYTEST_ARGS)
 
 test-slow: $(VENV)/.dev-ready $(VENV)/.kernels  ## Run the tests that take minutes
-	$(PYTEST) -n $(JOBS) -m slow --claims torchzoo/claims.json $(PYTEST_ARGS)
+	$(PYTEST) -n $(JOBS) -m slow --claims=torchzoo/claims.json $(PYTEST_ARGS)
 
 lint: $(VENV)/.dev-ready  ## Check format, lint, types and import rules
 	$(BIN)/ruff format --check .
