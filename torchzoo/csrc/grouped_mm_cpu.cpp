@@ -1,14 +1,17 @@
 // grouped_mm: y[rows of e] = x[rows of e]·weight[e], and dweight[e] = x[rows of e]ᵀ·grad[rows of e].
 //
-// A task is a group and a strip of STRIP output columns. Tasks are cut into runs of equal cost, one
-// run a thread, so that skewed groups don't leave a thread idle; what a task computes does not depend
-// on who runs it, so results are the same for any number of threads. Each weight is read once.
+// A task is a group and a strip of up to STRIP output columns. Tasks are cut into runs of equal cost,
+// one run a thread, so that skewed groups don't leave a thread idle; how an element is summed does not
+// depend on its strip, so results are the same for any number of threads. Each weight is read once.
 #include "gemm.h"
+
+#include <memory>
 
 namespace torchzoo {
 namespace {
 
-constexpr int64_t STRIP = 128;
+constexpr int64_t STRIP = 512;
+constexpr int64_t NARROW = 64;  // a multiple of every tile's width
 
 struct Product {  // one group: C(m, n) = A(m, k)·B(k, n)
   int64_t m, k;
@@ -17,23 +20,27 @@ struct Product {  // one group: C(m, n) = A(m, k)·B(k, n)
 // Calls run(group, first column, columns, scratch) for every group and strip.
 template <class Acc, class Run>
 void for_strips(const std::vector<Product>& groups, int64_t n, const Run& run) {
-  const int64_t strips = (n + STRIP - 1) / STRIP;
+  const int64_t threads = torch::stable::get_num_threads();
+  int64_t width = STRIP;  // as wide as lets every thread have a few
+  while (width > NARROW && static_cast<int64_t>(groups.size()) * ((n + width - 1) / width) < 4 * threads)
+    width /= 2;
+  const int64_t strips = (n + width - 1) / width;
   const int64_t tasks = static_cast<int64_t>(groups.size()) * strips;
   if (!tasks) return;
   std::vector<double> cost(1, 0.0);
   cost.reserve(tasks + 1);
   for (const Product& g : groups)  // packing costs about as much as 8 rows of products
     for (int64_t s = 0; s < strips; ++s) cost.push_back(cost.back() + 1.0 + (g.m + 8.0) * (g.k + 1.0));
-  const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), tasks);
+  const int64_t runs = std::min(threads, tasks);
   auto first = [&](int64_t t) {
-    const double share = cost.back() * static_cast<double>(t) / static_cast<double>(threads);
-    return t == threads ? tasks : std::lower_bound(cost.begin(), cost.end(), share) - cost.begin();
+    const double share = cost.back() * static_cast<double>(t) / static_cast<double>(runs);
+    return t == runs ? tasks : std::lower_bound(cost.begin(), cost.end(), share) - cost.begin();
   };
-  parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
-    std::vector<Acc> scratch(gemm_scratch(STRIP));
+  parallel_for(0, runs, 1, [&](int64_t begin, int64_t end) {
+    const std::unique_ptr<Acc[]> scratch(new Acc[gemm_scratch(width)]);
     for (int64_t task = first(begin); task < first(end); ++task) {
-      const int64_t j = task % strips * STRIP;
-      run(task / strips, j, std::min(STRIP, n - j), scratch.data());
+      const int64_t j = task % strips * width;
+      run(task / strips, j, std::min(width, n - j), scratch.get());
     }
   });
 }
@@ -96,7 +103,7 @@ template <class Op>
 Tensor with_types(const Tensor& like, std::vector<int64_t> shape, const Op& op) {
   const ScalarType type = like.scalar_type();
   const bool wide = type == ScalarType::Float || type == ScalarType::Double;
-  Tensor out = torch::stable::new_empty(like, shape, wide ? type : ScalarType::Float);
+  Tensor out = prefer_huge_pages(torch::stable::new_empty(like, shape, wide ? type : ScalarType::Float));
   switch (type) {
     case ScalarType::Float: op.template operator()<float, float>(out); break;
     case ScalarType::Double: op.template operator()<double, double>(out); break;

@@ -18,7 +18,7 @@ from einops import rearrange
 from torch import Tensor
 
 from torchzoo.moe.routing import Routing, check_count
-from torchzoo.ops.grouped_mm import values_readable
+from torchzoo.ops.calling import values_readable
 
 DROP_POLICIES = ("position", "probs")
 

@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from torchzoo.ops.calling import no_autocast
 from torchzoo.ops.rows import (
     loop_over_batch,
-    no_autocast,
     rows_dot,
     rows_outer,
     rows_sum,

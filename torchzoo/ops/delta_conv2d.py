@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
+from torchzoo.ops.calling import below_autograd, refuse_forward_mode
 from torchzoo.ops.delta_linear import (
     as_quantum,
     check_options,
@@ -34,7 +35,6 @@ from torchzoo.ops.delta_linear import (
     state_dtype,
 )
 from torchzoo.ops.delta_linear import reference as linear_reference
-from torchzoo.ops.rows import refuse_forward_mode
 
 Pair = int | tuple[int, int]
 
@@ -107,20 +107,21 @@ def delta_conv2d_step(
     if acc.shape != expected:
         raise ValueError(f"acc: expected shape {tuple(expected)}, got {tuple(acc.shape)}")
     tensors = (x, x_ref, acc, weight)
-    if len({tensor.device for tensor in tensors}) > 1:
+    if any(tensor.device != x.device for tensor in tensors):
         devices = ", ".join(str(tensor.device) for tensor in tensors)
         raise ValueError(f"x, x_ref, acc, weight: expected one device, got {devices}")
     refuse_forward_mode("delta_conv2d_step", *tensors)
     dtype = state_dtype(*tensors)
     rows = weight.permute(1, 2, 3, 0)
     state = (tensor.to(dtype).movedim(-3, -1) for tensor in tensors[:3])
-    result = torch.ops.torchzoo.delta_conv2d_step(
-        *state,
-        rows if is_half(rows) else rows.to(dtype),
-        as_quantum(quantum, x, dtype),
-        float(threshold),
-        *pairs,
-    )
+    with below_autograd(*tensors):
+        result = torch.ops.torchzoo.delta_conv2d_step.default(
+            *state,
+            rows if is_half(rows) else rows.to(dtype),
+            as_quantum(quantum, x, dtype),
+            float(threshold),
+            *pairs,
+        )
     new_acc, new_ref = (tensor.movedim(-1, -3) for tensor in result)
     return new_acc, new_ref
 

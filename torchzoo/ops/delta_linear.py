@@ -17,7 +17,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import forward_ad
+
+from torchzoo.ops.calling import below_autograd, refuse_forward_mode
 
 
 def delta_linear_step(
@@ -75,16 +76,17 @@ def delta_linear_step(
     if acc.shape != expected:
         raise ValueError(f"acc: expected shape {tuple(expected)}, got {tuple(acc.shape)}")
     tensors = (x, x_ref, acc, weight_t)
-    if len({tensor.device for tensor in tensors}) > 1:
+    if any(tensor.device != x.device for tensor in tensors):
         devices = ", ".join(str(tensor.device) for tensor in tensors)
         raise ValueError(f"x, x_ref, acc, weight_t: expected one device, got {devices}")
-    _refuse_forward_mode(*tensors)
+    refuse_forward_mode("delta_linear_step", *tensors)
     dtype = state_dtype(*tensors)
     weight_t = weight_t if is_half(weight_t) else weight_t.to(dtype)
     state = (tensor.to(dtype) for tensor in (x, x_ref, acc))
-    return torch.ops.torchzoo.delta_linear_step(
-        *state, weight_t, as_quantum(quantum, x, dtype), float(threshold)
-    )
+    with below_autograd(*tensors):
+        return torch.ops.torchzoo.delta_linear_step.default(
+            *state, weight_t, as_quantum(quantum, x, dtype), float(threshold)
+        )
 
 
 def delta_linear(
@@ -198,16 +200,9 @@ def state_dtype(*tensors: Tensor) -> torch.dtype:
     """The dtype of a stream's state: what the tensors promote to, never half precision."""
     dtype = torch.float32
     for tensor in tensors:
-        dtype = torch.promote_types(dtype, tensor.dtype)
+        if tensor.dtype != dtype:
+            dtype = torch.promote_types(dtype, tensor.dtype)
     return dtype
-
-
-def _refuse_forward_mode(*tensors: Tensor) -> None:
-    """Raise where torch would go on with a tangent of zero."""
-    if torch.compiler.is_compiling():
-        return
-    if any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
-        raise NotImplementedError("delta_linear_step: no forward-mode derivative, use reverse mode")
 
 
 def is_half(tensor: Tensor) -> bool:

@@ -9,14 +9,18 @@ Rows past the last end are zeros and are not read; neither is the weight of an e
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses import FakeTensor
-from torch.autograd import forward_ad
+
+from torchzoo.ops.calling import (
+    below_autograd,
+    no_autocast,
+    refuse_forward_mode,
+    values_readable,
+)
 
 
 def grouped_mm(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
@@ -53,20 +57,15 @@ def grouped_mm(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
         [[1.0, 1.0], [5.0, 5.0], [0.0, 0.0]]
     """
     _check(x, weight, offsets)
-    _refuse_forward_mode(x, weight)
+    refuse_forward_mode("grouped_mm", x, weight)
     kind = x.device.type
     if kind != "meta" and torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
         x, weight = (t if t.dtype == torch.float64 else t.to(dtype) for t in (x, weight))
     if x.dtype != weight.dtype:
         raise ValueError(f"weight: expected the type of x, {x.dtype}, got {weight.dtype}")
-    return _grouped_mm(x, weight, offsets.to(torch.int32))
-
-
-def values_readable(tensor: Tensor) -> bool:
-    """Whether the values of a tensor can be read in Python here: not while tracing or batching."""
-    symbolic = torch.compiler.is_compiling() or isinstance(tensor, FakeTensor) or tensor.is_meta
-    return not symbolic and not torch._C._functorch.is_batchedtensor(tensor)
+    with below_autograd(x, weight):
+        return _grouped_mm(x, weight, offsets.to(torch.int32))
 
 
 def _check(x: Tensor, weight: Tensor, offsets: Tensor) -> None:
@@ -93,20 +92,6 @@ def _check(x: Tensor, weight: Tensor, offsets: Tensor) -> None:
             )
 
 
-def _refuse_forward_mode(*tensors: Tensor) -> None:
-    """Raise where torch would go on with a tangent of zero."""
-    if torch.compiler.is_compiling():
-        return
-    if any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
-        raise NotImplementedError("grouped_mm: no forward-mode derivative, use reverse mode")
-
-
-def _no_autocast(x: Tensor) -> AbstractContextManager[Any]:
-    if torch.is_autocast_enabled(x.device.type):
-        return torch.autocast(x.device.type, enabled=False)
-    return nullcontext()
-
-
 def _slices(offsets: Tensor) -> list[tuple[int, slice]]:
     """The groups that are not empty, each with its rows."""
     groups = enumerate(pairwise([0, *offsets.tolist()]))
@@ -117,7 +102,7 @@ def _slices(offsets: Tensor) -> list[tuple[int, slice]]:
 def _grouped_mm(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     accumulate = torch.promote_types(x.dtype, torch.float32)
     out = x.new_zeros(x.shape[0], weight.shape[2])
-    with _no_autocast(x):
+    with no_autocast(x):
         for group, rows in _slices(offsets):
             out[rows] = x[rows].to(accumulate) @ weight[group].to(accumulate)
     return out
@@ -127,7 +112,7 @@ def _grouped_mm(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
 def _grouped_mm_dweight(x: Tensor, grad: Tensor, offsets: Tensor) -> Tensor:
     accumulate = torch.promote_types(x.dtype, torch.float32)
     out = x.new_zeros(offsets.shape[0], x.shape[1], grad.shape[1])
-    with _no_autocast(x):
+    with no_autocast(x):
         for group, rows in _slices(offsets):
             out[group] = x[rows].to(accumulate).T @ grad[rows].to(accumulate)
     return out

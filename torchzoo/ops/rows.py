@@ -15,33 +15,18 @@ product to read every row where the share of active pairs is above it, as that i
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import forward_ad
+
+from torchzoo.ops.calling import no_autocast
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
     """The type that sums are kept in."""
     return torch.promote_types(dtype, torch.float32)
-
-
-def no_autocast(x: Tensor) -> AbstractContextManager[Any]:
-    """References compute in the types that they say, inside autocast too."""
-    if torch.is_autocast_enabled(x.device.type):
-        return torch.autocast(x.device.type, enabled=False)
-    return nullcontext()
-
-
-def refuse_forward_mode(op: str, *tensors: Tensor | None) -> None:
-    """Raise where torch would go on with a tangent of zero."""
-    if torch.compiler.is_compiling():
-        return
-    if any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors):
-        raise NotImplementedError(f"{op}: no forward-mode derivative, use reverse mode")
 
 
 def _dense(active: Tensor | None, dense_above: float) -> bool:

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from torchzoo.ops._sparse_ffn import Call, compose, dense, sparse_ffn_op
-from torchzoo.ops.grouped_mm import values_readable
-from torchzoo.ops.rows import refuse_forward_mode, wide
+from torchzoo.ops.calling import below_autograd, refuse_forward_mode, values_readable
+from torchzoo.ops.rows import wide
 
 ACTIVATIONS = ("relu", "relu2", "shifted_relu", "fatrelu", "silu")
 # On a CPU N tokens with a share ρ of active neurons are faster as matrix products where Nρ > 10 and
@@ -167,7 +167,8 @@ def sparse_ffn(
     elif top_k is not None:
         y, _, _, active = compose(call, top_k)
     else:
-        y, _, _, active = sparse_ffn_op(*call)
+        with below_autograd(x, *weights.values(), *biases.values()):
+            y, _, _, active = sparse_ffn_op(*call)
     y = y.view(*x.shape[:-1], w_up.shape[1])
     if not return_stats:
         return y

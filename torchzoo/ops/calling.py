@@ -1,0 +1,45 @@
+"""What the operators' public functions and references share around a call."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses import FakeTensor
+from torch.autograd import forward_ad
+
+
+def below_autograd(*tensors: Tensor | None) -> AbstractContextManager[Any]:
+    """Call an operator inside this: without gradients to record, autograd's wrapper is left out.
+
+    That wrapper is Python, and takes longer than a small step of some kernels.
+    """
+    if torch.compiler.is_compiling():
+        return nullcontext()
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        return nullcontext()
+    guard: AbstractContextManager[Any] = torch._C._AutoDispatchBelowAutograd()
+    return guard
+
+
+def no_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    """References compute in the types that they say, inside autocast too."""
+    if torch.is_autocast_enabled(x.device.type):
+        return torch.autocast(x.device.type, enabled=False)
+    return nullcontext()
+
+
+def refuse_forward_mode(op: str, *tensors: Tensor | None) -> None:
+    """Raise where torch would go on with a tangent of zero."""
+    if torch.compiler.is_compiling() or getattr(forward_ad, "_current_level", 0) < 0:
+        return
+    if any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors):
+        raise NotImplementedError(f"{op}: no forward-mode derivative, use reverse mode")
+
+
+def values_readable(tensor: Tensor) -> bool:
+    """Whether the values of a tensor can be read in Python here: not while tracing or batching."""
+    symbolic = torch.compiler.is_compiling() or isinstance(tensor, FakeTensor) or tensor.is_meta
+    return not symbolic and not torch._C._functorch.is_batchedtensor(tensor)
