@@ -58,7 +58,10 @@ def _case(
     flops = 2.0 * sum(rows) * k * n * (2 if backward else 1)
     touched = 4.0 * (len(rows) * k * n + sum(rows) * (k + n)) * (2 if backward else 1)
     make = partial(contenders, rows=rows, k=k, n=n, backward=backward)
-    return Case(f"{'backward ' if backward else ''}{name}", make, flops, touched, flops, bar)
+    against = "loop" if backward else None
+    return Case(
+        f"{'backward ' if backward else ''}{name}", make, flops, touched, flops, bar, against
+    )
 
 
 _SKEWED = [64 if group % 8 == 0 else 8 for group in range(64)]
