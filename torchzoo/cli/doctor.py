@@ -92,6 +92,11 @@ def _kernels() -> dict[str, Any]:
     return {
         "libraries": [
             {"name": lib.name, "path": str(lib.path), "origin": lib.origin}
+            | (
+                {"instruction_set": library.instruction_set(lib.path)}
+                if lib.name == "cpu" and lib.loaded
+                else {}
+            )
             for lib in found
             if lib.path
         ],
@@ -151,7 +156,8 @@ def _show(about: dict[str, Any], console: Console) -> None:
         rows.add_row(compiler, found or Text("not found", "dim"))
     rows.add_row("cache", about["cache"])
     for library in about["libraries"]:
-        rows.add_row(f"{library['name']} kernels", f"{library['origin']}: {library['path']}")
+        kind = f" ({library['instruction_set']})" if "instruction_set" in library else ""
+        rows.add_row(f"{library['name']} kernels", f"{library['origin']}: {library['path']}{kind}")
     console.print(rows)
 
     table = _table("operator", "runs on", "why")

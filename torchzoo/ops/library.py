@@ -7,6 +7,7 @@ variable `TORCHZOO_OPS=reference|native` forces one; `native` raises where a lib
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import os
 import re
@@ -179,6 +180,14 @@ def _try_load(path: Path) -> str:
             cause = cause.__cause__
         return f"{path} does not load: {cause}"
     return ""
+
+
+def instruction_set(path: Path) -> str:
+    """What a CPU library runs on here: `"baseline"`, `"avx2"` or `"avx512"`."""
+    name = ctypes.CDLL(str(path)).torchzoo_cpu_isa
+    name.restype = ctypes.c_char_p
+    found: bytes = name()
+    return found.decode()
 
 
 def backend(op: str, device: str = "cpu") -> tuple[str, str]:
