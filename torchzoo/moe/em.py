@@ -8,7 +8,8 @@ R. A. Jacobs and M. I. Jordan, "Hierarchical Mixtures of Experts and the EM Algo
              residuals, and the gate by L-BFGS on sum_ti r_ti log pi_i(x_t).
 
 The gate's step starts from the present gate and never lowers its objective, so that the likelihood
-never decreases.
+never decreases as long as each input keeps its experts. Those of a top-K gate are held during the
+step and chosen anew after it; where that lowers the likelihood, the step is cut back.
 """
 
 from __future__ import annotations
@@ -31,6 +32,9 @@ maximum, as an expert through a few points may become a spike."""
 
 GATE_STEPS = 20
 """L-BFGS iterations of the gate in an M step."""
+
+HALVINGS = 12
+"""Lengths of a gate's step that are tried, each half the last, before the gate stays as it was."""
 
 
 def fit_em(
@@ -68,9 +72,7 @@ def fit_em(
         with torch.no_grad():
             responsibilities = model.responsibilities(x, y)
             update_experts(model, x, y, responsibilities)
-        update_gate(model, x, responsibilities)
-        with torch.no_grad():
-            trace.append(model.log_prob(x, y).mean())
+        trace.append(_climb_gate(model, x, y, responsibilities))
         if trace[-1] - trace[-2] < tol:
             break
     return torch.stack(trace)
@@ -119,14 +121,42 @@ def update_experts(model: GaussianMoE, x: Tensor, y: Tensor, responsibilities: T
 def update_gate(model: GaussianMoE, x: Tensor, responsibilities: Tensor) -> None:
     """The M step of the gate; it never lowers `sum_ti r_ti log pi_i(x_t)`.
 
+    The experts that a top-K gate has chosen for each input are held.
+
     Args:
         model: The model, changed in place.
         x: Inputs, `(n, d)`.
-        responsibilities: `(n, k)`.
+        responsibilities: `(n, k)`, 0 for experts that are not chosen.
     """
+    with torch.no_grad():
+        selected = model.selected(x)
 
     def cross_entropy() -> Tensor:
-        terms = responsibilities * model.log_weights(x)
+        terms = responsibilities * model.log_weights(x, selected=selected)
         return -terms.where(responsibilities > 0, 0.0).sum(-1).mean()
 
     minimize_lbfgs(cross_entropy, model.gate.parameters(), max_iter=GATE_STEPS)
+
+
+def _climb_gate(model: GaussianMoE, x: Tensor, y: Tensor, responsibilities: Tensor) -> Tensor:
+    """The longest of the gate's M step and its halves that keeps the likelihood from falling.
+
+    Returns:
+        The mean log-likelihood after it.
+    """
+    gate = list(model.gate.parameters())
+    start = [p.detach().clone() for p in gate]
+    with torch.no_grad():
+        before = model.log_prob(x, y).mean()
+    update_gate(model, x, responsibilities)
+    end = [p.detach().clone() for p in gate]
+    with torch.no_grad():
+        for halving in range(HALVINGS):
+            for p, p0, p1 in zip(gate, start, end, strict=True):
+                p.copy_(torch.lerp(p0, p1, 0.5**halving))
+            after = model.log_prob(x, y).mean()
+            if after >= before:
+                return after
+        for p, p0 in zip(gate, start, strict=True):
+            p.copy_(p0)
+    return before

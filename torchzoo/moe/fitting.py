@@ -8,12 +8,16 @@ P. Akbarian and N. Ho, "Is Temperature Sample Efficient for Softmax Gaussian Mix
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from torchzoo.moe.em import update_experts, update_gate
+from torchzoo.common.solvers import minimize_lbfgs
+from torchzoo.moe.em import GATE_STEPS, update_experts
+from torchzoo.moe.gates import TopKGate
 from torchzoo.moe.gaussian import GaussianMoE, MoEParams
 from torchzoo.moe.routing import Gate, check_count
 
@@ -25,6 +29,7 @@ def fit_mle(
     *,
     gate: str | Gate = "softmax",
     top_k: int | None = None,
+    select_with_bias: bool = False,
     init: MoEParams | None = None,
     restarts: int = 5,
     seed: int = 0,
@@ -44,6 +49,7 @@ def fit_mle(
         num_experts: Number of experts.
         gate: Gate by name or a `Gate`, which is copied; see `GaussianMoE`.
         top_k: Experts a token, with the gate "topk".
+        select_with_bias: Whether the gate "topk" chooses by scores with bias.
         init: Where to start instead; then there is one start.
         restarts: Number of starts from clusters.
         seed: Seed of the starts; start i has `seed + i`.
@@ -73,29 +79,59 @@ def fit_mle(
     """
     check_count("num_experts", num_experts)
     check_count("restarts", restarts)
+    _check_points(x, y, num_experts)
+    rule: dict[str, Any] = {"top_k": top_k, "select_with_bias": select_with_bias}
+    fits = []
+    for start in range(seed, seed + (restarts if init is None else 1)):
+        if init is None:
+            model = _start_from_clusters(x, y, num_experts, gate, rule, start)
+        else:
+            model = GaussianMoE.from_params(init, gate=gate, **rule)
+        fits.append(model.fit(x, y, method=method, max_iter=max_iter, tol=tol))
+    return _likeliest(fits, x, y)
+
+
+def fit_restarts(model: GaussianMoE, x: Tensor, y: Tensor, restarts: int, **options: Any) -> None:
+    """Fit from the present parameters and from clusters, and keep the best.
+
+    Args:
+        model: The model, changed in place.
+        x: Inputs, `(n, d)`.
+        y: Responses, `(n,)`.
+        restarts: Number of starts in all.
+        options: Passed on to `GaussianMoE.fit`.
+
+    Raises:
+        ValueError: Shapes that don't fit, or fewer points than experts.
+    """
+    _check_points(x, y, model.num_experts)
+    starts = [copy.deepcopy(model) for _ in range(restarts)]
+    for seed, start in enumerate(starts[1:]):
+        initialize_from_clusters(start, x, y, seed=seed)
+    best = _likeliest([start.fit(x, y, **options) for start in starts], x, y)
+    model.load_state_dict(best.state_dict())
+
+
+@torch.no_grad()
+def _likeliest(models: Sequence[GaussianMoE], x: Tensor, y: Tensor) -> GaussianMoE:
+    """The model of the highest likelihood, the first where several have it."""
+    return max(models, key=lambda model: model.log_prob(x, y).mean().item())
+
+
+def _check_points(x: Tensor, y: Tensor, num_experts: int) -> None:
     if x.ndim != 2 or y.shape != x.shape[:1]:
         raise ValueError(f"x, y: expected (n, d) and (n,), got {tuple(x.shape)}, {tuple(y.shape)}")
     if len(x) < num_experts:
         raise ValueError(f"num_experts: expected at most {len(x)}, the points, got {num_experts}")
-    fits = []
-    for start in range(seed, seed + (restarts if init is None else 1)):
-        if init is None:
-            model = _start_from_clusters(x, y, num_experts, gate, top_k, start)
-        else:
-            model = GaussianMoE.from_params(init, gate=gate, top_k=top_k)
-        model.fit(x, y, method=method, max_iter=max_iter, tol=tol)
-        with torch.no_grad():
-            fits.append((model.log_prob(x, y).mean().item(), -start, model))
-    return max(fits)[2]
 
 
 def _start_from_clusters(
-    x: Tensor, y: Tensor, num_experts: int, gate: str | Gate, top_k: int | None, seed: int
+    x: Tensor, y: Tensor, num_experts: int, gate: str | Gate, rule: dict[str, Any], seed: int
 ) -> GaussianMoE:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         kind = gate if isinstance(gate, str) else copy.deepcopy(gate)
-        model = GaussianMoE(x.shape[-1], num_experts, gate=kind, top_k=top_k)
+        model = GaussianMoE(x.shape[-1], num_experts, gate=kind, **rule)
     model.to(device=x.device, dtype=x.dtype)
     initialize_from_clusters(model, x, y, seed=seed)
     return model
@@ -123,4 +159,21 @@ def initialize_from_clusters(model: GaussianMoE, x: Tensor, y: Tensor, *, seed: 
     # fits separable clusters stays finite.
     soft = 0.9 * hard + 0.1 / k
     update_experts(model, x, y, soft)
-    update_gate(model, x, soft)
+    _teach_gate(model.gate, x, soft)
+
+
+def _teach_gate(gate: Gate, x: Tensor, labels: Tensor) -> None:
+    """Fit the softmax over all experts to labels `(n, k)`.
+
+    Where a top-K gate chooses without its bias, the weights alone must tell the labels apart, and
+    the bias is 0.
+    """
+    held = gate.bias if isinstance(gate, TopKGate) and not gate.select_with_bias else None
+    if held is not None:
+        nn.init.zeros_(held)
+
+    def cross_entropy() -> Tensor:
+        return -(labels * gate.log_probs(x)).sum(-1).mean()
+
+    free = [p for p in gate.parameters() if p is not held]
+    minimize_lbfgs(cross_entropy, free, max_iter=GATE_STEPS)

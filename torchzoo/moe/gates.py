@@ -88,11 +88,12 @@ class SoftmaxGate(Gate):
 
 
 @register(
+    paper=146,
     example=lambda: Example(
         kwargs={"dim": 6, "num_experts": 4, "k": 2},
         inputs=(torch.randn(5, 6),),
         bad_options={"k": 5},
-    )
+    ),
 )
 class TopKGate(Gate):
     """Sparse gate: the `k` experts with the largest logits, ties to the lowest expert.
@@ -126,7 +127,9 @@ class TopKGate(Gate):
     Source:
         Shazeer et al., "Outrageously Large Neural Networks: The Sparsely-Gated
         Mixture-of-Experts Layer", 2017, eq. (3) and (5); without renormalisation Fedus, Zoph and
-        Shazeer, "Switch Transformers", 2021, eq. (2).
+        Shazeer, "Switch Transformers", 2021, eq. (2); with a bias that takes no part in the choice
+        Nguyen, Akbarian, Yan and Ho, "Statistical Perspective of Top-K Sparse Softmax Gating
+        Mixture of Experts", 2024, eq. (1).
 
     Example:
         >>> routing = TopKGate(8, 4, 2)(torch.randn(10, 8))
@@ -153,12 +156,16 @@ class TopKGate(Gate):
         self.select_with_bias = select_with_bias
         self.reset_parameters()
 
-    def route(self, x: Tensor, logits: Tensor) -> Routing:
-        """Choose the `k` best experts."""
+    def choose(self, x: Tensor, logits: Tensor) -> Tensor:
+        """`(..., k)`, the chosen experts of tokens `(..., dim)` with logits `(..., E)`."""
         selection = logits
         if self.bias is not None and not self.select_with_bias:
             selection = self.linear(x, self.weight)
-        experts = top_k_experts(selection, self.k)
+        return top_k_experts(selection.detach(), self.k)
+
+    def route(self, x: Tensor, logits: Tensor) -> Routing:
+        """Choose the `k` best experts."""
+        experts = self.choose(x, logits)
         probs = logits.softmax(-1)
         if self.renormalize:
             weights = logits.gather(-1, experts).softmax(-1)
@@ -168,7 +175,8 @@ class TopKGate(Gate):
 
     def extra_repr(self) -> str:
         """Sizes and options in short."""
-        return f"{super().extra_repr()}, k={self.k}, renormalize={self.renormalize}"
+        rule = f"renormalize={self.renormalize}, select_with_bias={self.select_with_bias}"
+        return f"{super().extra_repr()}, k={self.k}, {rule}"
 
 
 @register(

@@ -7,6 +7,9 @@ Experts?", 2024. With `k` experts, inputs `x` in R^d and a scalar response `y`
     pi(x) = softmax(s(x) / tau),   s_i(x) = beta1_i^T x + beta0_i   (dense-to-sparse gate)
                               or   s_i(x) = sigma(beta1_i^T x) + beta0_i   (activation gate).
 
+The top-K gate, which takes the softmax over the chosen experts only, is the subject of
+`torchzoo.moe.topk_softmax`.
+
 The gate is any `Gate` of the package, so that the gate studied here is the one that routes tokens
 in a network. With the linear gate `u = exp(beta1^T x / tau) N(y | a^T x + b, var)` satisfies
 `du/dtau = -(1/tau) beta1^T du/dbeta1`, which makes (beta1, beta0, tau) known up to a common factor
@@ -85,7 +88,9 @@ class MoEParams(NamedTuple):
                 )
 
 
-def _make_gate(kind: str, dim: int, num_experts: int, top_k: int | None, **factory: Any) -> Gate:
+def _make_gate(
+    kind: str, dim: int, num_experts: int, top_k: int | None, with_bias: bool, **factory: Any
+) -> Gate:
     """A gate by its name, its biases and its temperature (if it has one) to be estimated."""
     if kind == "softmax":
         return SoftmaxGate(dim, num_experts, bias=True, **factory)
@@ -99,7 +104,7 @@ def _make_gate(kind: str, dim: int, num_experts: int, top_k: int | None, **facto
         if top_k is None:
             raise ValueError(f"top_k: expected 1..{num_experts} with the gate 'topk', got None")
         check_count("top_k", top_k, 1, num_experts)
-        return TopKGate(dim, num_experts, top_k, select_with_bias=False, **factory)
+        return TopKGate(dim, num_experts, top_k, select_with_bias=with_bias, **factory)
     kinds = "'softmax', 'dense_to_sparse', 'activation', 'topk' or a Gate"
     raise ValueError(f"gate: expected {kinds}, got {kind!r}")
 
@@ -134,8 +139,11 @@ class GaussianMoE(ZooModel):
         gate: "softmax", "dense_to_sparse" (linear scores and a learned temperature),
             "activation" (sigmoid of the scores and a learned temperature), "topk", or a `Gate`
             without noise. The named ones have a bias.
-        top_k: Experts a token with the gate "topk", which selects them by `beta1_i^T x` alone and
-            weighs the selected ones by the softmax of their scores. None with the other gates.
+        top_k: Experts a token with the gate "topk", which weighs them by the softmax over their
+            scores `beta1_i^T x + beta0_i`. None with the other gates.
+        select_with_bias: Whether the gate "topk" chooses the experts by these scores, as routers
+            do; if not, it chooses them by `beta1_i^T x` alone, as in the paper. A `TopKGate` has
+            an option of its own.
         device: Device of the parameters.
         dtype: Type of the parameters.
 
@@ -158,7 +166,8 @@ class GaussianMoE(ZooModel):
 
     Source:
         Nguyen, Akbarian and Ho, "Is Temperature Sample Efficient for Softmax Gaussian Mixture of
-        Experts?", 2024, eq. (1).
+        Experts?", 2024, eq. (1); the gate "topk": Nguyen, Akbarian, Yan and Ho, "Statistical
+        Perspective of Top-K Sparse Softmax Gating Mixture of Experts", 2024, eq. (1).
 
     Example:
         >>> model = GaussianMoE(3, 4, gate="activation")
@@ -177,19 +186,23 @@ class GaussianMoE(ZooModel):
         *,
         gate: str | Gate = "softmax",
         top_k: int | None = None,
+        select_with_bias: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         check_count("dim", dim)
         check_count("num_experts", num_experts)
+        factory = {"device": device, "dtype": dtype}
         if isinstance(gate, str):
-            built = _make_gate(gate, dim, num_experts, top_k, device=device, dtype=dtype)
+            built = _make_gate(gate, dim, num_experts, top_k, select_with_bias, **factory)
         else:
             _check_gate(gate, dim, num_experts)
             built = gate
         k = built.k if isinstance(built, TopKGate) else None
         if top_k is not None and top_k != k:
             raise ValueError(f"top_k: expected {k} with this gate, got {top_k}")
+        if select_with_bias and not (isinstance(built, TopKGate) and built.select_with_bias):
+            raise ValueError("select_with_bias: expected False with this gate, got True")
         super().__init__()
         self.dim = dim
         self.num_experts = num_experts
@@ -207,7 +220,12 @@ class GaussianMoE(ZooModel):
 
     @classmethod
     def from_params(
-        cls, params: MoEParams, *, gate: str | Gate = "softmax", top_k: int | None = None
+        cls,
+        params: MoEParams,
+        *,
+        gate: str | Gate = "softmax",
+        top_k: int | None = None,
+        select_with_bias: bool = False,
     ) -> GaussianMoE:
         """The model with given parameters.
 
@@ -216,6 +234,7 @@ class GaussianMoE(ZooModel):
             gate: Gate by name, or a `Gate`, which is copied. It must have a temperature where
                 `params` has one.
             top_k: Experts a token, with the gate "topk".
+            select_with_bias: Whether the gate "topk" chooses by scores with bias.
 
         Raises:
             ValueError: Shapes that don't fit, variances or a temperature that are not above 0, or
@@ -227,7 +246,8 @@ class GaussianMoE(ZooModel):
             raise ValueError(f"params.beta1: expected (k, d) without batch dimensions, got {got}")
         num_experts, dim = params.beta1.shape
         kind = gate if isinstance(gate, str) else copy.deepcopy(gate)
-        model = cls(dim, num_experts, gate=kind, top_k=top_k).to(params.beta1)
+        options: dict[str, Any] = {"top_k": top_k, "select_with_bias": select_with_bias}
+        model = cls(dim, num_experts, gate=kind, **options).to(params.beta1)
         model.set_params(params)
         return model
 
@@ -257,14 +277,27 @@ class GaussianMoE(ZooModel):
         self.b.copy_(params.b)
         self.log_var.copy_(params.var.log())
 
-    def log_weights(self, x: Tensor) -> Tensor:
-        """`(..., k)`, log-weights of the gate for inputs `(..., d)`; -inf off the top k."""
-        log_probs = self.gate.log_probs(x)
+    def selected(self, x: Tensor) -> Tensor:
+        """`(..., k)` bool, the experts that the gate uses for inputs `(..., d)`."""
+        logits = self.gate.score(x)
         if not isinstance(self.gate, TopKGate):
-            return log_probs
-        experts = self.gate(x).experts.reshape(*x.shape[:-1], -1)
-        off = torch.ones_like(log_probs, dtype=torch.bool).scatter(-1, experts, False)
-        return log_probs.masked_fill(off, -math.inf).log_softmax(-1)
+            return torch.ones_like(logits, dtype=torch.bool)
+        experts = self.gate.choose(x, logits)
+        return torch.zeros_like(logits, dtype=torch.bool).scatter(-1, experts, True)
+
+    def log_weights(self, x: Tensor, *, selected: Tensor | None = None) -> Tensor:
+        """`(..., k)`, log-weights of the gate for inputs `(..., d)`; -inf off the top k.
+
+        The weights of the top k add up to 1, whether the gate renormalises them or not.
+
+        Args:
+            x: Inputs, `(..., d)`.
+            selected: `(..., k)` bool, experts to use in place of the top k.
+        """
+        if not isinstance(self.gate, TopKGate):
+            return self.gate.log_probs(x)
+        selected = self.selected(x) if selected is None else selected
+        return self.gate.score(x).masked_fill(~selected, -math.inf).log_softmax(-1)
 
     def expert_means(self, x: Tensor) -> Tensor:
         """`(..., k)`, the means `a_i^T x + b_i` for inputs `(..., d)`."""
@@ -278,6 +311,14 @@ class GaussianMoE(ZooModel):
         mean = self.expert_means(x)
         std = (0.5 * self.log_var.to(mean.dtype)).exp().expand_as(mean)
         return MixtureSameFamily(weights, Normal(mean, std, validate_args=False), False)
+
+    def mean(self, x: Tensor) -> Tensor:
+        """`(...)`, the mean of y given x `(..., d)`, the regression function."""
+        return self(x).mean
+
+    def variance(self, x: Tensor) -> Tensor:
+        """`(...)`, the variance of y given x `(..., d)`."""
+        return self(x).variance
 
     def log_joint(self, x: Tensor, y: Tensor) -> Tensor:
         """`(..., k)`, `log pi_i(x) + log N(y | a_i^T x + b_i, var_i)`, y `(...)`."""
@@ -306,7 +347,8 @@ class GaussianMoE(ZooModel):
         std = self.log_var.to(mean.dtype).mul(0.5).exp().expand_as(mean)
         one = mean.new_empty(*mean.shape[:-1], 1)
         uniform = torch.empty_like(one).uniform_(generator=generator)
-        expert = (cumulated < uniform * cumulated[..., -1:]).sum(-1, keepdim=True)
+        # With "<=" a draw of exactly 0 doesn't fall on a first expert of weight 0.
+        expert = (cumulated <= uniform * cumulated[..., -1:]).sum(-1, keepdim=True)
         noise = torch.empty_like(one).normal_(generator=generator)
         return (mean.gather(-1, expert) + std.gather(-1, expert) * noise).squeeze(-1)
 
@@ -318,6 +360,7 @@ class GaussianMoE(ZooModel):
         method: str = "lbfgs",
         max_iter: int = 200,
         tol: float = 1e-9,
+        restarts: int = 1,
     ) -> GaussianMoE:
         """Climb to a local maximum of the likelihood from the present parameters.
 
@@ -331,6 +374,8 @@ class GaussianMoE(ZooModel):
             max_iter: Most iterations.
             tol: Stop where the gradient of the mean log-likelihood ("lbfgs") or the gain of an
                 iteration ("em") is below it.
+            restarts: Number of starts, of which the best is kept: the present parameters, and
+                clusters of `(n, d)` inputs for the rest, as in `fit_mle`.
 
         Returns:
             The model itself.
@@ -338,9 +383,14 @@ class GaussianMoE(ZooModel):
         Raises:
             ValueError: An unknown method, no data, or shapes that don't fit.
         """
+        check_count("restarts", restarts)
         if y.numel() == 0:
             raise ValueError(f"y: expected at least one response, got {tuple(y.shape)}")
-        if method == "em":
+        if restarts > 1:
+            from torchzoo.moe.fitting import fit_restarts
+
+            fit_restarts(self, x, y, restarts, method=method, max_iter=max_iter, tol=tol)
+        elif method == "em":
             fit_em(self, x, y, max_iter=max_iter, tol=tol)
         elif method == "lbfgs":
             minimize_lbfgs(

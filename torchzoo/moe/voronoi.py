@@ -9,14 +9,16 @@ Experts?", 2024. Fitted atoms `theta_i = (beta1_i, tau, a_i, b_i, var_i)` of wei
         + sum_j sum_{i in A_j} w_i (|dbeta1|^q + |dtau|^q + |da|^q + |db|^q + |dvar|^q),
 
 with `q = 1` where a cell has one atom and `q = r` where it has several. Labels don't matter, and a
-true atom that is fitted by several costs what its weight is off, not the extra atoms.
+true atom that is fitted by several costs what its weight is off, not the extra atoms. For top-K
+gates `r` may depend on how many atoms a cell has, and the cells of the worst region count; see
+`torchzoo.moe.topk_softmax`.
 
 Deviations from the paper: none.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +30,7 @@ from torchzoo.moe.dense_to_sparse import ActivationDenseToSparseGate
 from torchzoo.moe.gaussian import MoEParams
 from torchzoo.moe.routing import Gate, check_count
 
+Order = float | Sequence[float] | Callable[[int], Sequence[float]]
 BLOCKS = ("beta1", "tau", "a", "b", "var")
 
 
@@ -64,7 +67,7 @@ def voronoi_cells(params: MoEParams, true_params: MoEParams) -> Tensor:
 def voronoi_loss(
     params: MoEParams,
     true_params: MoEParams,
-    order: float | Sequence[float] = 2,
+    order: Order = 2,
     *,
     top_k: int | None = None,
     reduce: str = "sum",
@@ -77,7 +80,7 @@ def voronoi_loss(
         params: Fitted parameters, `k` atoms.
         true_params: True parameters, `k*` atoms; batch dimensions broadcast.
         order: Exponent `r` in cells of several atoms; one for all, or five for beta1, tau, a, b
-            and var.
+            and var, or a function from the number of atoms in a cell to these five.
         top_k: Number of cells that "regions-max" adds up.
         reduce: "sum" over the cells, or "regions-max": the largest sum over `top_k` of them,
             which is the worst region of a gate that uses `top_k` experts.
@@ -94,8 +97,8 @@ def voronoi_loss(
 
     Source:
         Nguyen, Akbarian and Ho, "Is Temperature Sample Efficient for Softmax Gaussian Mixture of
-        Experts?", 2024, section 2; "regions-max": the same and Yan, "Statistical Perspective of
-        Top-K Sparse Softmax Gating Mixture of Experts", 2024.
+        Experts?", 2024, section 2; "regions-max": Nguyen, Akbarian, Yan and Ho, "Statistical
+        Perspective of Top-K Sparse Softmax Gating Mixture of Experts", 2024.
 
     Example:
         >>> one, eye = torch.ones(2), torch.eye(2)
@@ -104,7 +107,7 @@ def voronoi_loss(
         tensor(0.2500)
     """
     _check_pair(params, true_params)
-    exponents = _exponents(order)
+    exponents = params.b.new_tensor(_exponents(order, params.b.shape[-1]))
     num_true = true_params.beta0.shape[-1]
     if reduce not in ("sum", "regions-max"):
         raise ValueError(f"reduce: expected 'sum' or 'regions-max', got {reduce!r}")
@@ -115,9 +118,9 @@ def voronoi_loss(
 
     distances = _distances(params, true_params)  # (..., k, k*, 5)
     cells = distances.square().sum(-1).argmin(-1)
-    member = F.one_hot(cells, num_true).to(distances.dtype)  # (..., k, k*)
-    crowded = member.sum(-2, keepdim=True).unsqueeze(-1) > 1
-    powers = torch.where(crowded, distances ** distances.new_tensor(exponents), distances)
+    member = F.one_hot(cells, num_true)  # (..., k, k*)
+    occupants = member.sum(-2, keepdim=True)
+    powers = distances ** exponents[occupants]
     weights = _atom_weights(params).unsqueeze(-1) * member
     off = (weights.sum(-2) - _atom_weights(true_params)).abs()
     terms = off + (weights * powers.sum(-1)).sum(-2)  # (..., k*)
@@ -213,12 +216,17 @@ def _check_pair(params: MoEParams, true_params: MoEParams) -> None:
         raise ValueError(f"params.beta1: expected {true_d} features as in true_params, got {d}")
 
 
-def _exponents(order: float | Sequence[float]) -> list[float]:
-    exponents = list(order) if isinstance(order, Sequence) else [order] * len(BLOCKS)
-    if len(exponents) != len(BLOCKS) or not all(exponent > 0 for exponent in exponents):
-        wanted = f"a number above 0 or {len(BLOCKS)} of them, for {', '.join(BLOCKS)}"
-        raise ValueError(f"order: expected {wanted}, got {order!r}")
-    return exponents
+def _exponents(order: Order, num_atoms: int) -> list[list[float]]:
+    """Exponents of the five blocks by the number of atoms in a cell, 0 to at least `num_atoms`."""
+    table = [[1.0] * len(BLOCKS)] * 2
+    for occupants in range(2, max(num_atoms, 2) + 1):
+        wanted = order(occupants) if callable(order) else order
+        exponents = list(wanted) if isinstance(wanted, Sequence) else [wanted] * len(BLOCKS)
+        if len(exponents) != len(BLOCKS) or not all(exponent > 0 for exponent in exponents):
+            names = f"a number above 0 or {len(BLOCKS)} of them, for {', '.join(BLOCKS)}"
+            raise ValueError(f"order: expected {names}, got {wanted!r}")
+        table.append(exponents)
+    return table
 
 
 def _temperature(params: MoEParams) -> Tensor:
