@@ -77,6 +77,8 @@ def family_page(family: str) -> str:
         kind = "autoclass" if isinstance(getattr(module, name), type) else "autofunction"
         members = "   :members:\n   :show-inheritance:\n" if kind == "autoclass" else ""
         home = getattr(module, name).__module__
+        if not home.startswith(module.__name__):  # another package's, and described there
+            continue
         lines.append(f"```{{eval-rst}}\n.. {kind}:: {home}.{name}\n{members}```\n")
     return "\n".join(lines)
 

@@ -15,7 +15,8 @@ def attach(
 
     Args:
         package: The package's `__name__`.
-        exports: For each submodule, the public names that it defines.
+        exports: For each submodule, the public names that it defines; `".ops"` is `torchzoo.ops`,
+            relative to the package, for what is found through either.
         submodules: Submodules that are themselves public.
 
     Raises:
@@ -26,7 +27,7 @@ def attach(
 
     def __getattr__(name: str) -> Any:
         if name in home:
-            value = getattr(import_module(f"{package}.{home[name]}"), name)
+            value = getattr(import_module(f".{home[name]}", package), name)
         elif name in submodules:
             value = import_module(f"{package}.{name}")
         else:

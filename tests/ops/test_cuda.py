@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from torchzoo.ops import delta_linear_step, grouped_mm, library
+from torchzoo.ops import _spgemm, delta_linear_step, grouped_mm, library, spgemm
 from torchzoo.ops.delta_linear import reference as step_reference
 
 HAS_KERNELS = torch.cuda.is_available() and library.load()["cuda"].loaded
@@ -196,17 +196,104 @@ def test_delta_gradients():
             torch.testing.assert_close(ours.cpu(), oracle, rtol=1e-12, atol=1e-12)
 
 
+def sparse(rows, columns, density, dtype, index=torch.int64, seed=0):
+    """CSR arrays of a random matrix with an empty row, a full one and one that is not sorted."""
+    generator = torch.Generator().manual_seed(seed)
+    kept = torch.rand(rows, columns, generator=generator) < density
+    kept[0], kept[rows // 2] = False, True
+    row, col = kept.nonzero().unbind(1)
+    crow = torch.searchsorted(row, torch.arange(rows + 1))
+    last = slice(int(crow[-2]), int(crow[-1]))
+    col[last] = col[last].flip(0)
+    values = torch.randn(len(col), generator=generator, dtype=torch.float64)
+    return crow.to(index), col.to(index), values.to(dtype)
+
+
+# (rows, inner, columns, density): short rows, rows longer than a warp's table, several windows
+PRODUCTS = {
+    "short rows": (300, 200, 150, 0.02),
+    "long rows": (70, 300, 5000, 0.1),
+    "several windows": (5, 60, 600_000, 0.003),
+    "one column": (40, 30, 1, 0.5),
+}
+
+
+@pytest.mark.parametrize("index", [torch.int32, torch.int64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("case", PRODUCTS)
+def test_spgemm(case, dtype, index):
+    rows, inner, columns, density = PRODUCTS[case]
+    a = sparse(rows, inner, density, dtype, index)
+    b = sparse(inner, columns, density, dtype, index, seed=1)
+    known = [a[0], a[1], b[0], b[1]]
+    known += _spgemm.pattern_of._init_fn(known, columns)
+    on_gpu = [t.cuda() for t in known]
+    x, y = a[2], b[2]
+    g = torch.randn(known[5].shape, dtype=torch.float64).to(dtype)
+
+    def same(found, expected):
+        for one, other in zip(found, expected, strict=True):
+            assert one.dtype == other.dtype
+            assert torch.equal(one.cpu(), other)
+
+    same(_spgemm.pattern_of(on_gpu[:4], columns), known[4:])
+    for op, first, second in (
+        (_spgemm.values_of, x, y),
+        (_spgemm.grad_a, y, g),
+        (_spgemm.grad_b, x, g),
+    ):
+        expected = op._init_fn(known, first.double(), second.double(), columns)
+        size = op._init_fn(known, first.double().abs(), second.double().abs(), columns)
+        found = op(on_gpu, first.cuda(), second.cuda(), columns)
+        assert_near(found, expected, 10 * size, dtype)
+        assert torch.equal(op(on_gpu, first.cuda(), second.cuda(), columns), found)
+    for product in (False, True):
+        rounded = x.round(), y.round()  # so that there are ties, and zeros of both signs
+        expected = _spgemm.select._init_fn(known, *rounded, columns, product)
+        same(_spgemm.select(on_gpu, *(t.cuda() for t in rounded), columns, product), expected)
+    expected = _spgemm.values_of._init_fn(known, x.double(), y.double(), columns)
+    size = _spgemm.values_of._init_fn(known, x.double().abs(), y.double().abs(), columns)
+    for method in ("inner", "esc"):
+        crow, col, values, held = _spgemm.dataflow(on_gpu[:4], x.cuda(), y.cuda(), columns, method)
+        same((crow, col), known[4:])
+        assert_near(values, expected, 10 * size, dtype)
+        assert int(held) > 0
+
+
+def test_empty_sparse_products():
+    for rows, inner, columns in ((0, 3, 4), (3, 0, 4), (3, 4, 0), (2, 2, 2)):
+        a = torch.sparse_csr_tensor(
+            torch.zeros(rows + 1, dtype=torch.long),
+            torch.zeros(0, dtype=torch.long),
+            torch.zeros(0),
+            (rows, inner),
+        ).cuda()
+        b = torch.zeros(inner, columns).to_sparse_csr().cuda()
+        for options in ({}, {"_method": "inner"}, {"_method": "esc"}, {"semiring": "min_plus"}):
+            c = spgemm(a, b, **options)
+            assert c.shape == (rows, columns)
+            assert c.values().numel() == 0
+
+
 def calls():
     x, weight, offsets, grad = problem("many rows", torch.bfloat16)
     tensors = stream_problem(1, 2048, 1024, torch.float32)
+    a = [t.cuda() for t in sparse(200, 200, 0.1, torch.float32)]
+    known = [a[0], a[1]] * 2
+    known += _spgemm.pattern_of(known, 200)
     return {
         "grouped_mm": lambda: (grouped_mm(x, weight, offsets),),
         "grouped_mm_dweight": lambda: (torch.ops.torchzoo.grouped_mm_dweight(x, grad, offsets),),
         "delta_linear_step": lambda: delta_linear_step(*tensors, threshold=0.1),
+        "spgemm_values": lambda: (_spgemm.values_of(known, a[2], a[2], 200),),
+        "spgemm_grad_b": lambda: (_spgemm.grad_b(known, a[2], known[5].float(), 200),),
     }
 
 
-@pytest.mark.parametrize("op", ["grouped_mm", "grouped_mm_dweight", "delta_linear_step"])
+OPS = ["grouped_mm", "grouped_mm_dweight", "delta_linear_step", "spgemm_values", "spgemm_grad_b"]
+
+
+@pytest.mark.parametrize("op", OPS)
 def test_the_current_stream_is_used(op):
     call, side = calls()[op], torch.cuda.Stream()
     expected = call()
@@ -223,7 +310,7 @@ def test_the_current_stream_is_used(op):
         assert torch.equal(ours, theirs)
 
 
-@pytest.mark.parametrize("op", ["grouped_mm", "grouped_mm_dweight", "delta_linear_step"])
+@pytest.mark.parametrize("op", OPS)
 def test_calls_can_be_captured_in_a_graph(op):
     call = calls()[op]
     expected = call()

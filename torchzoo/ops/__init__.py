@@ -8,9 +8,19 @@ from torchzoo.ops.delta_conv2d import delta_conv2d, delta_conv2d_step
 from torchzoo.ops.delta_linear import delta_linear, delta_linear_step, delta_scan
 from torchzoo.ops.grouped_mm import grouped_mm
 from torchzoo.ops.sparse_ffn import FFNStats, pack_ffn, sparse_ffn
+from torchzoo.ops.spgemm import (
+    SpGEMMPlan,
+    SpGEMMStats,
+    spgemm,
+    spgemm_batched,
+    spgemm_plan,
+    spgemm_stats,
+)
 
 __all__ = [
     "FFNStats",
+    "SpGEMMPlan",
+    "SpGEMMStats",
     "delta_conv2d",
     "delta_conv2d_step",
     "delta_linear",
@@ -19,6 +29,10 @@ __all__ = [
     "grouped_mm",
     "pack_ffn",
     "sparse_ffn",
+    "spgemm",
+    "spgemm_batched",
+    "spgemm_plan",
+    "spgemm_stats",
 ]
 
 library.load()

@@ -1,4 +1,4 @@
-"""Layers that make networks compute less: temporal (delta) sparsity of activations."""
+"""Layers that compute less: sparse weights, and temporal (delta) sparsity of activations."""
 
 from torchzoo._lazy import attach
 
@@ -13,6 +13,8 @@ __getattr__, __dir__, __all__ = attach(
             "delta_penalty",
         ],
         "meters": ["DeltaMeter"],
+        "smash": ["SparseSparseLinear"],
         "streaming": ["StreamingModel", "fold_to_streaming"],
+        ".ops": ["SpGEMMPlan", "spgemm", "spgemm_batched", "spgemm_plan", "spgemm_stats"],
     },
 )

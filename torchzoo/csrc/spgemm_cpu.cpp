@@ -1,0 +1,196 @@
+// C = AB of sparse matrices on the CPU, row by row, in two passes: how many entries each row has, then
+// their columns and sums.
+//
+// Rows go to threads as tokens of about equal numbers of terms, so a hub row doesn't hold up the rest.
+// Counting costs less than keeping the columns would, as fresh memory is dear, so that besides C a row
+// takes a number, and a thread what it needs for one row. The terms of an entry are added in the order of
+// A's row, so that bits depend neither on threads nor on the choice between array and table.
+#include "spgemm_problem.h"
+#include "spgemm_table.h"
+
+namespace torchzoo {
+namespace {
+
+constexpr int64_t MOST_IN_LARGE_PAGES = int64_t(1) << 30;  // bytes; clearing room for more costs too much
+
+Tensor fresh(const Tensor& like, int64_t count) {
+  const Tensor made = torch::stable::new_empty(like, {count});
+  return count * like.element_size() <= MOST_IN_LARGE_PAGES ? prefer_huge_pages(made) : made;
+}
+
+struct How {
+  bool table, high, sort;
+};
+
+template <int bytes, class I, class O, class T>
+TZ_INLINE void count_rows_body(const Problem<I, O>* problem, int64_t begin, int64_t end, Row<I, T>* row, int64_t* count) {
+  for (int64_t i = begin; i < end; ++i) count[i] = count_row<bytes>(problem->f, i, *row);
+}
+TZ_ISA(count_rows, count_rows_body)
+
+// Where each row of C starts.
+template <class T, class I, class O>
+std::vector<int64_t> start_rows(const Problem<I, O>& problem, How how) {
+  std::vector<int64_t> start(problem.f.rows + 1);
+  share_out(problem.work, [&](const auto& next) {
+    Row<I, T> row(how.table ? 0 : problem.f.columns, false);
+    Table<I, T> table(problem.f.columns, how.high);
+    int64_t begin, end;
+    while (next(begin, end)) {
+      if (!how.table) count_rows(&problem, begin, end, &row, start.data() + 1);
+      for (int64_t i = begin; how.table && i < end; ++i)
+        start[i + 1] = count_by_table(problem.f, i, problem.terms(i), table);
+    }
+  });
+  for (int64_t i = 0; i < problem.f.rows; ++i) start[i + 1] += start[i];
+  return start;
+}
+
+// Writes the columns of rows of C and, where x is given, their values.
+template <int bytes, class I, class T, class O>
+TZ_INLINE void fill_rows_body(const Factors<I>* f, const int64_t* start, int64_t begin, int64_t end, const T* x,
+                              const T* y, Row<I, T>* row, O* __restrict col, T* __restrict out) {
+  const I* __restrict list = row->list.get();
+  T* __restrict sum = row->sum.data();
+  for (int64_t i = begin; i < end; ++i) {
+    const int64_t at = start[i], n = start[i + 1] - at;
+    if (x) merge_row<bytes, true>(*f, i, x, y, *row);
+    else merge_row<bytes, false>(*f, i, x, y, *row);
+    for (int64_t t = 0; t < n; ++t) col[at + t] = list[t];
+    for (int64_t t = 0; x && t < n; ++t) {
+      out[at + t] = sum[list[t]];
+      sum[list[t]] = 0;
+    }
+  }
+}
+TZ_ISA(fill_rows, fill_rows_body)
+
+// The same by hash tables.
+template <int bytes, class I, class T, class O>
+TZ_INLINE void fill_rows_by_table_body(const Factors<I>* f, const int64_t* start, int64_t begin, int64_t end, const T* x,
+                                       const T* y, Table<I, T>* table, bool sort, O* __restrict col, T* __restrict out) {
+  std::vector<I> list, spare;
+  for (int64_t i = begin; i < end; ++i) {
+    const int64_t at = start[i], n = start[i + 1] - at;
+    list.resize(std::max<size_t>(list.size(), n));
+    if (x) merge_by_table<bytes, true>(*f, i, n, x, y, *table, sort, spare, list.data());
+    else merge_by_table<bytes, false>(*f, i, n, x, y, *table, sort, spare, list.data());
+    for (int64_t t = 0; t < n; ++t) {
+      col[at + t] = list[t];
+      if (x) out[at + t] = table->at(list[t]);
+    }
+  }
+}
+TZ_ISA(fill_rows_by_table, fill_rows_by_table_body)
+
+// out = the sums of rows of C whose columns are known.
+template <int bytes, class I, class T, class O>
+TZ_INLINE void sum_rows_body(const Factors<I>* f, const O* start, const O* list, int64_t begin, int64_t end,
+                             const T* x, const T* y, Row<I, T>* row, T* __restrict out) {
+  T* __restrict sum = row->sum.data();
+  const uint64_t last = row->sum.size() - 1;  // keeps a wrong list inside the array
+  for (int64_t i = begin; i < end; ++i) {
+    go_through_row<bytes, Marks::none, true>(*f, i, x, y, *row);
+    for (int64_t t = start[i]; t < start[i + 1]; ++t) {
+      const uint64_t j = std::min<uint64_t>(list[t], last);
+      out[t] = sum[j];
+      sum[j] = 0;
+    }
+  }
+}
+TZ_ISA(sum_rows, sum_rows_body)
+
+template <int bytes, class I, class T, class O>
+TZ_INLINE void sum_rows_by_table_body(const Factors<I>* f, const O* start, const O* list, int64_t begin, int64_t end,
+                                      const T* x, const T* y, Table<I, T>* table, T* out) {
+  for (int64_t i = begin; i < end; ++i) {
+    table->open(list + start[i], start[i + 1] - start[i]);
+    for (I p = f->a_begin(i); p < f->a_end(i); ++p) {
+      prefetch(*f, p, y);
+      const RowOf<I>& row = f->b[f->a_col[p]];
+      for (I q = row.start; q < row.start + row.length; ++q) {
+        T& sum = table->at(f->b_col[q]);
+        sum = add_product<bytes>(sum, x[p], y[q]);
+      }
+    }
+    for (int64_t t = start[i]; t < start[i + 1]; ++t) out[t] = table->at(list[t]);
+  }
+}
+TZ_ISA(sum_rows_by_table, sum_rows_by_table_body)
+
+// The pattern of C, and its values where a and b are given.
+std::tuple<Tensor, Tensor, Tensor> multiply(const Pattern& pattern, const Tensor& like, const Tensor* a,
+                                            const Tensor* b, int64_t columns, How how) {
+  Tensor crow = torch::stable::new_empty(pattern[0], {pattern[0].numel()}), col, out;
+  how.table |= columns > WIDE;
+  with_indices(pattern, columns, [&]<class O, class I>() {
+    const Problem<I, O> problem(pattern, columns);
+    with_values(like, [&]<class T>() {
+      const std::vector<int64_t> start = start_rows<T>(problem, how);
+      const int64_t nnz = start.back();
+      STD_TORCH_CHECK(nnz <= std::numeric_limits<O>::max(), "the result has ", nnz,
+                      " entries, more than int32 indices can count: use int64 indices");
+      std::copy(start.begin(), start.end(), crow.mutable_data_ptr<O>());
+      col = fresh(pattern[0], nnz);
+      out = fresh(like, a ? nnz : 0);
+      O* cols = col.mutable_data_ptr<O>();
+      T* sums = out.mutable_data_ptr<T>();
+      const T *x = a ? a->const_data_ptr<T>() : nullptr, *y = b ? b->const_data_ptr<T>() : nullptr;
+      share_out(problem.work, [&](const auto& next) {
+        Row<I, T> row(how.table ? 0 : columns, a);
+        Table<I, T> table(columns, how.high);
+        int64_t begin, end;
+        while (next(begin, end)) {
+          if (how.table) fill_rows_by_table(&problem.f, start.data(), begin, end, x, y, &table, how.sort, cols, sums);
+          else fill_rows(&problem.f, start.data(), begin, end, x, y, &row, cols, sums);
+        }
+      });
+    });
+  });
+  return {crow, col, out};
+}
+
+std::tuple<Tensor, Tensor, Tensor> spgemm(Pattern pattern, const Tensor& a, const Tensor& b, int64_t columns,
+                                          bool table, bool high, bool sort) {
+  STD_TORCH_CHECK(pattern.size() == 4, "pattern: expected 4 tensors");
+  const Tensor x = checked("a", a, a, pattern[1]), y = checked("b", b, a, pattern[3]);
+  return multiply(pattern, x, &x, &y, columns, {table, high, sort});
+}
+
+std::tuple<Tensor, Tensor> spgemm_pattern(Pattern pattern, int64_t columns) {
+  STD_TORCH_CHECK(pattern.size() == 4, "pattern: expected 4 tensors");
+  const Tensor like = torch::stable::new_empty(pattern[0], {0}, ScalarType::Float);
+  auto [crow, col, none] = multiply(pattern, like, nullptr, nullptr, columns, {false, false, true});
+  return {crow, col};
+}
+
+Tensor spgemm_values(Pattern pattern, const Tensor& a, const Tensor& b, int64_t columns) {
+  const Tensor x = checked("a", a, a, pattern.at(1)), y = checked("b", b, a, pattern.at(3));
+  Tensor out;
+  on_pattern(pattern, x, columns, [&]<class O, class I, class T>(const auto& problem, const O* start, const O* list) {
+    const T *xs = x.const_data_ptr<T>(), *ys = y.const_data_ptr<T>();
+    out = fresh(x, pattern[5].numel());
+    T* sums = out.mutable_data_ptr<T>();
+    share_out(problem.work, [&](const auto& next) {
+      const bool wide = columns > WIDE;
+      Row<I, T> row(wide ? 0 : columns, true);
+      Table<I, T> table(columns, false);
+      int64_t begin, end;
+      while (next(begin, end)) {
+        if (wide) sum_rows_by_table(&problem.f, start, list, begin, end, xs, ys, &table, sums);
+        else sum_rows(&problem.f, start, list, begin, end, xs, ys, &row, sums);
+      }
+    });
+  });
+  return out;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(torchzoo, CPU, m) {
+  m.impl("spgemm", TORCH_BOX(&spgemm));
+  m.impl("spgemm_pattern", TORCH_BOX(&spgemm_pattern));
+  m.impl("spgemm_values", TORCH_BOX(&spgemm_values));
+}
+
+}  // namespace torchzoo

@@ -1,0 +1,224 @@
+// One row of C = AB on the CPU, in a mask and an array of sums: how many columns it has, which, and what
+// they add up to. A matrix so wide that both would leave the cache takes a hash table: spgemm_table.h.
+//
+// Columns are met as bits of a mask and read off in order, so sorting costs nothing extra; what a row
+// leaves in the mask and in the sums is cleared as it is read, so neither is ever swept. The terms of an
+// entry are added in the order of A's row.
+#pragma once
+
+#include <array>
+#include <limits>
+#include <memory>
+
+#include "cpu.h"
+#include "spgemm.h"
+
+namespace torchzoo {
+
+template <class T>
+struct Array {  // like a vector, but not filled
+  std::unique_ptr<T[]> data;
+  explicit Array(int64_t n = 0) : data(new T[n]) {}
+  T* get() const { return data.get(); }
+};
+
+template <class I>
+struct RowOf {
+  I start, length;
+  I low, high;  // bounds of its columns; high - low + 1 == length only if they are low, ..., high
+  bool run() const { return high - low + 1 == length; }
+};
+
+template <class I>
+struct Factors {  // the patterns of A (rows, k) and B (k, columns)
+  const RowOf<I>* a;
+  const I* a_col;
+  int64_t a_entries;
+  const RowOf<I>* b;
+  const I* b_col;
+  int64_t rows, columns;
+  I a_begin(int64_t i) const { return a[i].start; }
+  I a_end(int64_t i) const { return a[i].start + a[i].length; }
+};
+
+// sum + x y, rounded once where the instruction set of `bytes` can. Said outright: left to the compiler,
+// one loop would round once and another twice, and tables and arrays would give different bits.
+template <int bytes, class T>
+TZ_INLINE T add_product(T sum, T x, T y) {
+#if defined(__x86_64__)
+  if constexpr (bytes == 16) return sum + x * y;
+#endif
+  if constexpr (sizeof(T) == 4) return __builtin_fmaf(x, y, sum);
+  else return __builtin_fma(x, y, sum);
+}
+
+// Asks for what is needed a few terms later, as rows of B are read in no order.
+template <class I, class T>
+TZ_INLINE void prefetch(const Factors<I>& f, I p, const T* y) {
+  const I last = f.a_entries - 1;
+  __builtin_prefetch(f.b + f.a_col[std::min<I>(p + 16, last)]);
+  const I q = f.b[f.a_col[std::min<I>(p + 6, last)]].start;
+  __builtin_prefetch(f.b_col + q);
+  __builtin_prefetch(f.b_col + q + 15);
+  if (y) {
+    __builtin_prefetch(y + q);
+    __builtin_prefetch(y + q + 15);
+  }
+}
+
+constexpr std::array<std::array<uint8_t, 8>, 256> places_of_bits() {
+  std::array<std::array<uint8_t, 8>, 256> place{};
+  for (int byte = 0; byte < 256; ++byte)
+    for (int bit = 0, n = 0; bit < 8; ++bit)
+      if (byte >> bit & 1) place[byte][n++] = bit;
+  return place;
+}
+inline constexpr auto bit_places = places_of_bits();
+constexpr int64_t SLACK = 64;  // `read_mask` may write this far past what it counts
+
+// Writes the places of the bits of words first ... last in order, clears them, and counts them.
+// The first `usual` bits of a word are written whether they are there or not: no branch to mispredict.
+template <int bytes, int usual, class I>
+TZ_INLINE int64_t read_mask(uint64_t* __restrict mask, int64_t first, int64_t last, bool dense,
+                            I* __restrict out) {
+  int64_t n = 0;
+  for (int64_t word = first; word <= last; ++word) {
+    uint64_t bits = mask[word];
+    mask[word] = 0;
+    I base = static_cast<I>(word << 6);
+    if (dense) {
+      typedef I Lanes __attribute__((vector_size(8 * sizeof(I))));
+      typedef Lanes Loose __attribute__((aligned(sizeof(I)), may_alias));
+      typedef uint8_t Places __attribute__((vector_size(8)));
+      for (int part = 0; part < 64; part += 8, base += 8) {
+        const uint8_t byte = bits >> part;
+        Places places;
+        std::memcpy(&places, bit_places[byte].data(), 8);
+        *reinterpret_cast<Loose*>(out + n) = __builtin_convertvector(places, Lanes) + base;
+        n += __builtin_popcount(byte);
+      }
+      continue;
+    }
+    const int count = __builtin_popcountll(bits);
+    for (int t = 0; t < usual; ++t, bits &= bits - 1) out[n + t] = base + __builtin_ctzll(bits | uint64_t(1) << 63);
+    for (int t = usual; t < count; ++t, bits &= bits - 1) out[n + t] = base + __builtin_ctzll(bits);
+    n += count;
+  }
+  return n;
+}
+
+template <class I, class T>
+struct Row {  // what a thread keeps for its rows; all clear between rows, but for the lists
+  std::vector<uint64_t> met, words;  // a bit a column, and a bit a word of those
+  std::vector<T> sum;                // of each column, and a spare one
+  Array<I> touched, list;            // words, and columns, in order
+  Row(int64_t columns, bool summed)
+      : met(columns / 64 + 2),
+        words(columns / 4096 + 2),
+        sum(summed ? columns + 1 : 0),
+        touched(columns / 64 + 2 + SLACK),
+        list(columns + SLACK) {}
+};
+
+struct Span {  // where the columns of a row of C lie
+  int64_t first, last;  // words of the mask
+  int64_t terms;
+  bool scattered;  // over many more words than there are terms
+};
+
+template <class I>
+TZ_INLINE Span span_of(const Factors<I>& f, int64_t i) {
+  int64_t low = std::numeric_limits<int64_t>::max(), high = 0, terms = 0;
+  for (I p = f.a_begin(i); p < f.a_end(i); ++p) {
+    const RowOf<I>& row = f.b[f.a_col[p]];
+    terms += row.length;
+    low = std::min<int64_t>(low, row.low);
+    high = std::max<int64_t>(high, row.high);
+  }
+  const int64_t first = terms ? low >> 6 : 0, last = high >> 6;
+  return {first, last, terms, last - first > 3 * terms};
+}
+
+template <class I>
+TZ_INLINE void mark_run(uint64_t* __restrict met, I low, I high) {
+  const I begin = low >> 6, end = high >> 6;
+  const uint64_t head = ~uint64_t(0) << (low & 63), tail = ~uint64_t(0) >> (63 - (high & 63));
+  met[begin] |= begin == end ? head & tail : head;
+  for (I word = begin + 1; word < end; ++word) met[word] = ~uint64_t(0);
+  if (end > begin) met[end] |= tail;
+}
+
+enum class Marks { none, columns, words };  // `words`: columns, and the words that these are in
+
+// Marks the columns of row i and, where `summed`, adds up their terms.
+template <int bytes, Marks marks, bool summed, class I, class T>
+TZ_INLINE void go_through_row(const Factors<I>& f, int64_t i, const T* x, const T* y, Row<I, T>& row) {
+  uint64_t *__restrict met = row.met.data(), *__restrict words = row.words.data();
+  T* __restrict sum = row.sum.data();
+  for (I p = f.a_begin(i); p < f.a_end(i); ++p) {
+    prefetch(f, p, summed ? y : nullptr);
+    const RowOf<I>& b = f.b[f.a_col[p]];
+    const I* __restrict col = f.b_col + b.start;
+    const T* __restrict value = y + b.start;
+    if (marks != Marks::words && b.length && b.run()) {
+      if (marks == Marks::columns) mark_run(met, b.low, b.high);
+      if (summed)
+        for (I q = 0; q < b.length; ++q) sum[b.low + q] = add_product<bytes>(sum[b.low + q], x[p], value[q]);
+      continue;
+    }
+    for (I q = 0; q < b.length; ++q) {
+      if (marks != Marks::none) met[col[q] >> 6] |= uint64_t(1) << (col[q] & 63);
+      if (marks == Marks::words) words[col[q] >> 12] |= uint64_t(1) << ((col[q] >> 6) & 63);
+      if (summed) sum[col[q]] = add_product<bytes>(sum[col[q]], x[p], value[q]);
+    }
+  }
+}
+
+// The number of columns of row i.
+template <int bytes, class I, class T>
+TZ_INLINE int64_t count_row(const Factors<I>& f, int64_t i, Row<I, T>& row) {
+  uint64_t* __restrict met = row.met.data();
+  const Span span = span_of(f, i);
+  int64_t n = 0;
+  if (!span.scattered) {
+    if (!span.terms) return 0;
+    go_through_row<bytes, Marks::columns, false, I, T>(f, i, nullptr, nullptr, row);
+    for (int64_t word = span.first; word <= span.last; ++word) n += __builtin_popcountll(met[word]), met[word] = 0;
+    return n;
+  }
+  for (I p = f.a_begin(i); p < f.a_end(i); ++p) {
+    prefetch<I, T>(f, p, nullptr);
+    const RowOf<I>& b = f.b[f.a_col[p]];
+    for (I q = b.start; q < b.start + b.length; ++q) {
+      uint64_t& word = met[f.b_col[q] >> 6];
+      n += ~(word >> (f.b_col[q] & 63)) & 1;
+      word |= uint64_t(1) << (f.b_col[q] & 63);
+    }
+  }
+  for (I p = f.a_begin(i); p < f.a_end(i); ++p) {
+    const RowOf<I>& b = f.b[f.a_col[p]];
+    for (I q = b.start; q < b.start + b.length; ++q) met[f.b_col[q] >> 6] = 0;
+  }
+  return n;
+}
+
+// Lists the columns of row i in `row.list` and, where `summed`, adds up their terms in `row.sum`.
+template <int bytes, bool summed, class I, class T>
+TZ_INLINE int64_t merge_row(const Factors<I>& f, int64_t i, const T* x, const T* y, Row<I, T>& row) {
+  uint64_t *__restrict met = row.met.data(), *__restrict words = row.words.data();
+  I *__restrict touched = row.touched.get(), *__restrict list = row.list.get();
+  const Span span = span_of(f, i);
+  if (!span.terms) return 0;
+  if (!span.scattered) {
+    go_through_row<bytes, Marks::columns, summed>(f, i, x, y, row);
+    const bool dense = span.terms > 6 * (span.last - span.first + 1);
+    return read_mask<bytes, 2>(met, span.first, span.last, dense, list);
+  }
+  go_through_row<bytes, Marks::words, summed>(f, i, x, y, row);
+  const int64_t count = read_mask<bytes, 4>(words, span.first >> 6, span.last >> 6, false, touched);
+  int64_t n = 0;
+  for (int64_t t = 0; t < count; ++t) n += read_mask<bytes, 1>(met, touched[t], touched[t], false, list + n);
+  return n;
+}
+
+}  // namespace torchzoo
