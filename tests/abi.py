@@ -1,44 +1,69 @@
 """Loads a kernel library built elsewhere into this torch and holds its operators to the reference.
 
 Usage: python tests/abi.py LIBRARY, in an environment that has this package on its path and any
-torch from 2.10 on. Exits with an error where a result differs.
+torch from 2.10 on. Prints the instruction set; exits with an error where a result differs.
 """
 
 import os
 import sys
+from pathlib import Path
 
 os.environ["TORCHZOO_OPS"] = "reference"
 
 import torch
+from torch import Tensor
 
-from torchzoo.ops import delta_linear_step, grouped_mm
+from torchzoo.ops import (
+    delta_conv2d_step,
+    delta_linear_step,
+    grouped_mm,
+    library,
+    sparse_ffn,
+    spgemm,
+)
 
 
-def results() -> list[torch.Tensor]:
+def results() -> list[Tensor]:
     """Results and gradients of the operators on fixed inputs."""
     generator = torch.Generator().manual_seed(0)
 
-    def normal(*shape: int) -> torch.Tensor:
+    def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator, dtype=torch.float64).requires_grad_()
 
     x, weight = normal(37, 19), normal(5, 19, 23)
     y = grouped_mm(x, weight, torch.tensor([9, 9, 20, 31, 36]))
     frame, ref, acc, weight_t = normal(3, 19), normal(3, 19), normal(3, 23), normal(19, 23)
     steps = delta_linear_step(frame, ref, acc, weight_t, threshold=0.5, quantum=0.25)
-    inputs = (x, weight, frame, acc, weight_t)
-    total = y.square().sum() + sum(step.square().sum() for step in steps)
-    return [y, *steps, *torch.autograd.grad(total, inputs)]
+    image, sent, sums, kernels = (
+        normal(5, 9, 8),
+        normal(5, 9, 8),
+        normal(6, 7, 6),
+        normal(6, 5, 3, 3),
+    )
+    pixels = delta_conv2d_step(image, sent, sums, kernels, threshold=0.5)
+    token, up, down, gate = normal(4, 19), normal(45, 19), normal(45, 19), normal(45, 19)
+    ffn = sparse_ffn(token, up, down, gate, threshold=0.3)
+    left, right = normal(31, 27), normal(27, 40)
+    pattern = [(t.detach() > 0.8).to(t.dtype) for t in (left, right)]
+    product = spgemm(
+        *((t * p).to_sparse_csr() for t, p in zip((left, right), pattern, strict=True))
+    )
+    found = [y, *steps, *pixels, ffn, product.to_dense()]
+    inputs = [x, weight, frame, acc, weight_t, image, sums, kernels, token, up, down, gate]
+    total = sum((t.square().sum() for t in found[:-1]), found[0].new_zeros(()))
+    return [*found, *torch.autograd.grad(total, inputs)]
 
 
 def main(path: str) -> None:
     """Compute on the reference, load the library, compute again, compare."""
     expected = results()
     torch.ops.load_library(path)
-    for op in ("grouped_mm", "grouped_mm_dweight", "delta_linear_step"):
+    for op in library.ops_of("cpu"):
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"torchzoo::{op}", "CPU"), op
     for found, wanted in zip(results(), expected, strict=True):
         torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
-    print(f"torch {torch.__version__}: {len(expected)} results agree")
+    kind = library.instruction_set(Path(path))
+    print(f"{kind}: {len(expected)} results agree under torch {torch.__version__}")
 
 
 if __name__ == "__main__":

@@ -84,7 +84,7 @@ def test_built_rows_import(paper: Paper) -> None:
     assert paper.missing() == []
     assert paper.built
     for path in paper.units:
-        assert path.startswith(f"torchzoo.{paper.family}."), path
+        assert path.startswith((f"torchzoo.{paper.family}.", "torchzoo.ops.")), path
     assert paper.experiment.startswith(f"torchzoo.experiments.{paper.family}.")
 
 
