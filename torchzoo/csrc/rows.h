@@ -14,6 +14,7 @@
 namespace torchzoo {
 
 constexpr int ROWS = 4;         // rows read side by side
+constexpr int64_t AHEAD = 16;   // rows whose first lines are asked for beforehand
 constexpr int64_t RUNS = 8;     // stretches of work a thread
 constexpr int64_t SPAN = 1024;  // elements of a row that stay in L1
 
@@ -35,8 +36,11 @@ template <int bytes, class T, class W>
 TZ_INLINE void accumulate_body(const T* coefficient, const int64_t* index, int64_t count,
                                const W* weight, int64_t stride, T* acc, int64_t n) {
   const W* rows[ROWS];
-  int64_t j = 0;
+  int64_t j = 0, asked = 0;
   for (; j + ROWS <= count; j += ROWS) {
+    for (; asked < std::min(count, j + AHEAD); ++asked)  // each row is on a page of its own
+      for (int line = 0; line < 4; ++line)
+        __builtin_prefetch(reinterpret_cast<const char*>(weight + index[asked] * stride) + 64 * line);
     for (int r = 0; r < ROWS; ++r) rows[r] = weight + index[j + r] * stride;
     add_rows<bytes, ROWS>(coefficient + j, rows, acc, n);
   }

@@ -81,8 +81,10 @@ def delta_linear_step(
         raise ValueError(f"x, x_ref, acc, weight_t: expected one device, got {devices}")
     refuse_forward_mode("delta_linear_step", *tensors)
     dtype = state_dtype(*tensors)
-    weight_t = weight_t if is_half(weight_t) else weight_t.to(dtype)
-    state = (tensor.to(dtype) for tensor in (x, x_ref, acc))
+    # `to` costs microseconds even where there is nothing to do, as much as a sparse step itself
+    state = (t if t.dtype == dtype else t.to(dtype) for t in (x, x_ref, acc))
+    if weight_t.dtype != dtype and not is_half(weight_t):
+        weight_t = weight_t.to(dtype)
     with below_autograd(*tensors):
         return torch.ops.torchzoo.delta_linear_step.default(
             *state, weight_t, as_quantum(quantum, x, dtype), float(threshold)

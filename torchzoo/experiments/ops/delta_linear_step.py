@@ -1,4 +1,7 @@
-"""`delta_linear_step` for one frame against the dense layer it stands for."""
+"""`delta_linear_step` against the dense layer it stands for, on a short stream of single frames.
+
+Each frame changes other inputs, so the weights that a step reads are rarely in a cache.
+"""
 
 from __future__ import annotations
 
@@ -8,35 +11,48 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from torchzoo.benchmark import OURS, Bench, Case
 from torchzoo.ops import delta_linear_step
 
+FRAMES = 8
+
 
 def contenders(device: torch.device, size: int, changed: float) -> Mapping[str, Callable[[], Any]]:
-    """One frame in which a share of the inputs changed, and the dense product."""
+    """A stream in which a share of the inputs changes at each frame, and the dense products."""
     generator = torch.Generator().manual_seed(0)
     weight = (torch.randn(size, size, generator=generator) / size**0.5).to(device)
     weight_t = weight.mT.contiguous()
-    x_ref = torch.randn(size, generator=generator).to(device)
-    where = torch.randperm(size, generator=generator)[: round(changed * size)].to(device)
-    x = x_ref.clone()
-    x[where] += 1.0
-    acc = F.linear(x_ref, weight)
-    return {
-        OURS: partial(delta_linear_step, x, x_ref, acc, weight_t),
-        "dense": partial(F.linear, x, weight),
-    }
+    first = torch.randn(size, generator=generator).to(device)
+    frames = [first]
+    for _ in range(FRAMES):
+        where = torch.randperm(size, generator=generator)[: round(changed * size)].to(device)
+        frames.append(frames[-1].index_add(0, where, torch.ones_like(where, dtype=first.dtype)))
+    start = F.linear(first, weight)
+
+    def steps() -> Tensor:
+        x_ref, acc = first, start
+        for frame in frames[1:]:
+            acc, x_ref = delta_linear_step(frame, x_ref, acc, weight_t)
+        return acc
+
+    def dense() -> Tensor:
+        for frame in frames[1:]:
+            y = F.linear(frame, weight)
+        return y
+
+    return {OURS: steps, "dense": dense}
 
 
 def _case(changed: float, bar: float | None, size: int = 4096) -> Case:
     rows = round(changed * size)
     return Case(
-        f"{size} x {size}, {changed:.0%} changed",
+        f"{FRAMES} frames, {size} x {size}, {changed:.0%} changed",
         partial(contenders, size=size, changed=changed),
-        2.0 * rows * size,
-        4.0 * (rows * size + 6 * size),
-        2.0 * rows * size,
+        2.0 * FRAMES * rows * size,
+        4.0 * FRAMES * (rows * size + 6 * size),
+        2.0 * FRAMES * rows * size,
         bar,
     )
 
