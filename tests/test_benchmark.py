@@ -20,13 +20,20 @@ def clock(monkeypatch):
     monkeypatch.setattr(benchmark, "machine_limits", lambda device: LIMITS)
 
 
-def case(name="small", bar=2.0, **seconds):
+@pytest.fixture(autouse=True)
+def no_warm_up(monkeypatch):
+    monkeypatch.setattr(benchmark, "WARM_UP", 0.0)
+
+
+def case(name="small", bar=2.0, against=None, **seconds):
     times = {
         who: iter(value * 1000) if isinstance(value, list) else iter([value] * 1000)
         for who, value in seconds.items()
     }
     calls = {who: (lambda it=it: next(it)) for who, it in times.items()}
-    return Case(name, lambda device: calls, flops=4e6, bytes=1e6, size=4e6, bar=bar)
+    return Case(
+        name, lambda device: calls, flops=4e6, bytes=1e6, size=4e6, bar=bar, against=against
+    )
 
 
 @pytest.mark.usefixtures("clock")
@@ -42,6 +49,18 @@ def test_ratio_is_of_medians_against_the_best_peer():
     assert found["gbytes_per_s"] == pytest.approx(0.5)
     assert found["share_of_limit"] == pytest.approx(0.5)  # 1 MB at 1 GB/s is 1 ms of 2 ms
     assert json.loads(json.dumps(result)) == result
+
+
+@pytest.mark.usefixtures("clock")
+def test_a_bar_may_name_its_peer():
+    row = case(torchzoo=0.002, slow=0.009, fast=0.005, against="slow")
+    result = benchmark.run(Bench("op", [row]))
+    found = result["cases"][0]
+    assert (found["best_peer"], found["bar_peer"]) == ("fast", "slow")
+    assert found["ratio"] == pytest.approx(2.5)
+    assert found["bar_ratio"] == pytest.approx(4.5)
+    (asked,) = benchmark.table(result).columns[4].cells
+    assert asked == "2x slow: 4.50x"
 
 
 @pytest.mark.usefixtures("clock")
@@ -89,7 +108,7 @@ def test_grouped_contenders_agree():
 
 def test_delta_contenders_agree():
     calls = delta_linear_step.contenders(torch.device("cpu"), 64, 0.1)
-    torch.testing.assert_close(calls["torchzoo"]()[0], calls["dense"](), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(calls["torchzoo"](), calls["dense"](), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("module", [grouped_mm, delta_linear_step, sparse_ffn])

@@ -19,6 +19,7 @@ from torchzoo.experiment import describe, versions
 from torchzoo.files import atomic_path
 
 OURS = "torchzoo"
+WARM_UP = 1.0  # seconds a contender; memory that a process has never touched is slow for a while
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,9 @@ def _case(
     calls = dict(case.make(device))
     for call in calls.values():  # warm up: allocations, caches, lazy initialisation
         call()
-        call()
+        start = time.perf_counter()
+        while time.perf_counter() - start < WARM_UP:
+            _seconds(call, device)
     times: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
         for name, call in calls.items():

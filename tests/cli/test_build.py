@@ -50,13 +50,14 @@ def test_bench_saves_what_it_prints(run, monkeypatch, tmp_path):
     monkeypatch.setattr(
         benchmark, "machine_limits", lambda d: {"bytes_per_s": 1.0, "flops_per_s": 1.0}
     )
+    monkeypatch.setattr(benchmark, "WARM_UP", 0.0)
     file, plot = tmp_path / "a.json", tmp_path / "a.png"
     asked = ("bench", "--op", "delta_linear_step", "--case", "1% changed", "--rounds", "3")
     code, out, _ = run(*asked, "--json", str(file), "--plot", str(plot))
     assert code == 0
     assert "delta_linear_step on" in out
     result = json.loads(file.read_text())
-    assert [row["name"] for row in result["cases"]] == ["4096 x 4096, 1% changed"]
+    assert [row["name"] for row in result["cases"]] == ["8 frames, 4096 x 4096, 1% changed"]
     assert set(result["cases"][0]["seconds"]) == {"torchzoo", "dense"}
     assert plot.read_bytes().startswith(b"\x89PNG")
     code, out, _ = run(*asked, "--json", "-")

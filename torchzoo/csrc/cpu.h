@@ -23,10 +23,6 @@
 #include <utility>
 #include <vector>
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 namespace torchzoo {
 
 using torch::headeronly::ScalarType;
@@ -57,21 +53,6 @@ inline Isa detect_isa() {
 inline Isa isa() {
   static const Isa found = detect_isa();
   return found;
-}
-
-// A fresh result of many megabytes costs more in page faults than in arithmetic, so ask for huge
-// pages, as numpy does; the kernel is free to ignore it.
-inline Tensor prefer_huge_pages(Tensor fresh) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr size_t page = 4096;
-  const size_t bytes = static_cast<size_t>(fresh.numel()) * fresh.element_size();
-  if (bytes >= size_t{1} << 22) {
-    char* data = static_cast<char*>(fresh.mutable_data_ptr());
-    const size_t skip = (page - reinterpret_cast<uintptr_t>(data) % page) % page;
-    madvise(data + skip, (bytes - skip) / page * page, MADV_HUGEPAGE);
-  }
-#endif
-  return fresh;
 }
 
 }  // namespace torchzoo

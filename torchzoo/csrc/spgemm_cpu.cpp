@@ -11,13 +11,6 @@
 namespace torchzoo {
 namespace {
 
-constexpr int64_t MOST_IN_LARGE_PAGES = int64_t(1) << 30;  // bytes; clearing room for more costs too much
-
-Tensor fresh(const Tensor& like, int64_t count) {
-  const Tensor made = torch::stable::new_empty(like, {count});
-  return count * like.element_size() <= MOST_IN_LARGE_PAGES ? prefer_huge_pages(made) : made;
-}
-
 struct How {
   bool table, high, sort;
 };
@@ -49,13 +42,22 @@ std::vector<int64_t> start_rows(const Problem<I, O>& problem, How how) {
 // Writes the columns of rows of C and, where x is given, their values.
 template <int bytes, class I, class T, class O>
 TZ_INLINE void fill_rows_body(const Factors<I>* f, const int64_t* start, int64_t begin, int64_t end, const T* x,
-                              const T* y, Row<I, T>* row, O* __restrict col, T* __restrict out) {
+                              const Packed<I, T>* y, Row<I, T>* row, O* __restrict col, T* __restrict out) {
   const I* __restrict list = row->list.get();
   T* __restrict sum = row->sum.data();
   for (int64_t i = begin; i < end; ++i) {
     const int64_t at = start[i], n = start[i + 1] - at;
-    if (x) merge_row<bytes, true>(*f, i, x, y, *row);
-    else merge_row<bytes, false>(*f, i, x, y, *row);
+    const Span span = span_of(*f, i);
+    if (span.solid) {
+      for (int64_t t = 0; t < n; ++t) col[at + t] = span.low + t;
+      if (!x) continue;
+      go_through_row<bytes, Marks::none, true>(*f, i, x, y, *row);
+      std::copy_n(sum + span.low, n, out + at);
+      std::fill_n(sum + span.low, n, T(0));
+      continue;
+    }
+    if (x) merge_row<bytes, true>(*f, i, span, x, y, *row);
+    else merge_row<bytes, false>(*f, i, span, x, y, *row);
     for (int64_t t = 0; t < n; ++t) col[at + t] = list[t];
     for (int64_t t = 0; x && t < n; ++t) {
       out[at + t] = sum[list[t]];
@@ -86,7 +88,7 @@ TZ_ISA(fill_rows_by_table, fill_rows_by_table_body)
 // out = the sums of rows of C whose columns are known.
 template <int bytes, class I, class T, class O>
 TZ_INLINE void sum_rows_body(const Factors<I>* f, const O* start, const O* list, int64_t begin, int64_t end,
-                             const T* x, const T* y, Row<I, T>* row, T* __restrict out) {
+                             const T* x, const Packed<I, T>* y, Row<I, T>* row, T* __restrict out) {
   T* __restrict sum = row->sum.data();
   const uint64_t last = row->sum.size() - 1;  // keeps a wrong list inside the array
   for (int64_t i = begin; i < end; ++i) {
@@ -107,7 +109,7 @@ TZ_INLINE void sum_rows_by_table_body(const Factors<I>* f, const O* start, const
     table->open(list + start[i], start[i + 1] - start[i]);
     for (I p = f->a_begin(i); p < f->a_end(i); ++p) {
       prefetch(*f, p, y);
-      const RowOf<I>& row = f->b[f->a_col[p]];
+      const RowOf<I>& row = f->met[p];
       for (I q = row.start; q < row.start + row.length; ++q) {
         T& sum = table->at(f->b_col[q]);
         sum = add_product<bytes>(sum, x[p], y[q]);
@@ -131,18 +133,19 @@ std::tuple<Tensor, Tensor, Tensor> multiply(const Pattern& pattern, const Tensor
       STD_TORCH_CHECK(nnz <= std::numeric_limits<O>::max(), "the result has ", nnz,
                       " entries, more than int32 indices can count: use int64 indices");
       std::copy(start.begin(), start.end(), crow.mutable_data_ptr<O>());
-      col = fresh(pattern[0], nnz);
-      out = fresh(like, a ? nnz : 0);
+      col = torch::stable::new_empty(pattern[0], {nnz});
+      out = torch::stable::new_empty(like, {a ? nnz : 0});
       O* cols = col.mutable_data_ptr<O>();
       T* sums = out.mutable_data_ptr<T>();
       const T *x = a ? a->const_data_ptr<T>() : nullptr, *y = b ? b->const_data_ptr<T>() : nullptr;
+      const Packed<I, T> packed(problem.f, problem.inner, pattern[3].numel(), how.table ? nullptr : y);
       share_out(problem.work, [&](const auto& next) {
         Row<I, T> row(how.table ? 0 : columns, a);
         Table<I, T> table(columns, how.high);
         int64_t begin, end;
         while (next(begin, end)) {
           if (how.table) fill_rows_by_table(&problem.f, start.data(), begin, end, x, y, &table, how.sort, cols, sums);
-          else fill_rows(&problem.f, start.data(), begin, end, x, y, &row, cols, sums);
+          else fill_rows(&problem.f, start.data(), begin, end, x, &packed, &row, cols, sums);
         }
       });
     });
@@ -169,16 +172,17 @@ Tensor spgemm_values(Pattern pattern, const Tensor& a, const Tensor& b, int64_t 
   Tensor out;
   on_pattern(pattern, x, columns, [&]<class O, class I, class T>(const auto& problem, const O* start, const O* list) {
     const T *xs = x.const_data_ptr<T>(), *ys = y.const_data_ptr<T>();
-    out = fresh(x, pattern[5].numel());
+    out = torch::stable::new_empty(x, {pattern[5].numel()});
     T* sums = out.mutable_data_ptr<T>();
+    const bool wide = columns > WIDE;
+    const Packed<I, T> packed(problem.f, problem.inner, pattern[3].numel(), wide ? nullptr : ys);
     share_out(problem.work, [&](const auto& next) {
-      const bool wide = columns > WIDE;
       Row<I, T> row(wide ? 0 : columns, true);
       Table<I, T> table(columns, false);
       int64_t begin, end;
       while (next(begin, end)) {
         if (wide) sum_rows_by_table(&problem.f, start, list, begin, end, xs, ys, &table, sums);
-        else sum_rows(&problem.f, start, list, begin, end, xs, ys, &row, sums);
+        else sum_rows(&problem.f, start, list, begin, end, xs, &packed, &row, sums);
       }
     });
   });

@@ -103,7 +103,7 @@ void esc(const Problem<I, O>& problem, const T* x, const T* y, Rows<I, T>& c) {
     while (next(begin, end)) {
       Entry<I, T>* out = c.all.get() + start[begin];
       for (I p = f.a_begin(begin); p < (begin < end ? f.a_end(end - 1) : f.a_begin(begin)); ++p) {
-        const RowOf<I>& row = f.b[f.a_col[p]];
+        const RowOf<I>& row = f.met[p];
         for (I q = row.start; q < row.start + row.length; ++q) *out++ = {f.b_col[q], x[p] * y[q]};
       }
     }

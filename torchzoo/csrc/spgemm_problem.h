@@ -65,6 +65,7 @@ struct Side {  // A or B: checked columns of type I, copied where the tensor's a
 template <class I, class O>
 struct Problem {
   std::unique_ptr<Side<I, O>> a, b;
+  Array<RowOf<I>> met;
   Factors<I> f;
   int64_t inner;
   std::vector<int64_t> work;  // running sum over rows of A of the terms and what else a row costs
@@ -77,11 +78,15 @@ struct Problem {
                         pattern[0].data_ptr() == pattern[2].data_ptr() && rows == inner;
     if (!square) b = std::make_unique<Side<I, O>>("b", pattern[2], pattern[3], columns);
     const Side<I, O>& right = square ? *a : *b;
-    f = {a->rows.get(), a->col, pattern[1].numel(), right.rows.get(), right.col, rows, columns};
+    met = Array<RowOf<I>>(pattern[1].numel());
+    f = {a->rows.get(), a->col, pattern[1].numel(), right.rows.get(), right.col, met.get(), rows, columns};
     parallel_for(0, rows, 1 << 13, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         int64_t terms = extra(i);
-        for (I p = f.a_begin(i); p < f.a_end(i); ++p) terms += f.b[f.a_col[p]].length;
+        for (I p = f.a_begin(i); p < f.a_end(i); ++p) {
+          met.get()[p] = f.b[f.a_col[p]];
+          terms += met.get()[p].length;
+        }
         work[i + 1] = terms;
       }
     });

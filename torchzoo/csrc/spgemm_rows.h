@@ -36,6 +36,7 @@ struct Factors {  // the patterns of A (rows, k) and B (k, columns)
   int64_t a_entries;
   const RowOf<I>* b;
   const I* b_col;
+  const RowOf<I>* met;  // the row of B that each entry of A meets: read in order, unlike b
   int64_t rows, columns;
   I a_begin(int64_t i) const { return a[i].start; }
   I a_end(int64_t i) const { return a[i].start + a[i].length; }
@@ -52,12 +53,44 @@ TZ_INLINE T add_product(T sum, T x, T y) {
   else return __builtin_fma(x, y, sum);
 }
 
+// B's entries row by row, each row's columns and then its values: a short row is one place in memory.
+template <class I, class T>
+struct Packed {
+  typedef T Value __attribute__((aligned(alignof(I) < alignof(T) ? alignof(I) : alignof(T)), may_alias));
+  typedef I Column __attribute__((may_alias));
+  static constexpr size_t size = sizeof(I) + sizeof(T);
+  std::unique_ptr<char[]> data;
+
+  Packed(const Factors<I>& f, int64_t rows, int64_t entries, const T* y) {
+    if (!y) return;
+    data.reset(new char[entries * size]);
+    parallel_for(0, rows, 1 << 12, [&](int64_t begin, int64_t end) {
+      for (int64_t k = begin; k < end; ++k) {
+        const RowOf<I>& row = f.b[k];
+        if (!row.length) continue;
+        std::memcpy(at(row), f.b_col + row.start, row.length * sizeof(I));
+        std::memcpy(at(row) + row.length * sizeof(I), y + row.start, row.length * sizeof(T));
+      }
+    });
+  }
+  char* at(const RowOf<I>& row) const { return data.get() + row.start * size; }
+  const Column* columns(const RowOf<I>& row) const { return reinterpret_cast<const Column*>(at(row)); }
+  const Value* values(const RowOf<I>& row) const {
+    return reinterpret_cast<const Value*>(at(row) + row.length * sizeof(I));
+  }
+};
+
 // Asks for what is needed a few terms later, as rows of B are read in no order.
 template <class I, class T>
+TZ_INLINE void prefetch(const Factors<I>& f, I p, const Packed<I, T>& y) {
+  const char* row = y.at(f.met[std::min<I>(p + 6, f.a_entries - 1)]);
+  __builtin_prefetch(row);
+  __builtin_prefetch(row + 64);
+}
+
+template <class I, class T>
 TZ_INLINE void prefetch(const Factors<I>& f, I p, const T* y) {
-  const I last = f.a_entries - 1;
-  __builtin_prefetch(f.b + f.a_col[std::min<I>(p + 16, last)]);
-  const I q = f.b[f.a_col[std::min<I>(p + 6, last)]].start;
+  const I q = f.met[std::min<I>(p + 6, f.a_entries - 1)].start;
   __builtin_prefetch(f.b_col + q);
   __builtin_prefetch(f.b_col + q + 15);
   if (y) {
@@ -121,22 +154,27 @@ struct Row {  // what a thread keeps for its rows; all clear between rows, but f
 };
 
 struct Span {  // where the columns of a row of C lie
+  int64_t low, high;    // no column is outside these
   int64_t first, last;  // words of the mask
   int64_t terms;
+  bool solid;      // they are low, ..., high
   bool scattered;  // over many more words than there are terms
 };
 
 template <class I>
 TZ_INLINE Span span_of(const Factors<I>& f, int64_t i) {
   int64_t low = std::numeric_limits<int64_t>::max(), high = 0, terms = 0;
+  bool solid = true;
   for (I p = f.a_begin(i); p < f.a_end(i); ++p) {
-    const RowOf<I>& row = f.b[f.a_col[p]];
+    const RowOf<I>& row = f.met[p];
+    solid &= row.length && row.run() && (!terms || (row.low <= high + 1 && row.high >= low - 1));
     terms += row.length;
     low = std::min<int64_t>(low, row.low);
     high = std::max<int64_t>(high, row.high);
   }
-  const int64_t first = terms ? low >> 6 : 0, last = high >> 6;
-  return {first, last, terms, last - first > 3 * terms};
+  if (!terms) low = 0;
+  const int64_t first = low >> 6, last = high >> 6;
+  return {low, high, first, last, terms, solid && terms, last - first > 3 * terms};
 }
 
 template <class I>
@@ -152,14 +190,15 @@ enum class Marks { none, columns, words };  // `words`: columns, and the words t
 
 // Marks the columns of row i and, where `summed`, adds up their terms.
 template <int bytes, Marks marks, bool summed, class I, class T>
-TZ_INLINE void go_through_row(const Factors<I>& f, int64_t i, const T* x, const T* y, Row<I, T>& row) {
+TZ_INLINE void go_through_row(const Factors<I>& f, int64_t i, const T* x, const Packed<I, T>* y, Row<I, T>& row) {
   uint64_t *__restrict met = row.met.data(), *__restrict words = row.words.data();
   T* __restrict sum = row.sum.data();
   for (I p = f.a_begin(i); p < f.a_end(i); ++p) {
-    prefetch(f, p, summed ? y : nullptr);
-    const RowOf<I>& b = f.b[f.a_col[p]];
-    const I* __restrict col = f.b_col + b.start;
-    const T* __restrict value = y + b.start;
+    if constexpr (summed) prefetch(f, p, *y);
+    else prefetch<I, T>(f, p, nullptr);
+    const RowOf<I>& b = f.met[p];
+    const typename Packed<I, T>::Column* __restrict col = summed ? y->columns(b) : f.b_col + b.start;
+    const typename Packed<I, T>::Value* __restrict value = summed ? y->values(b) : nullptr;
     if (marks != Marks::words && b.length && b.run()) {
       if (marks == Marks::columns) mark_run(met, b.low, b.high);
       if (summed)
@@ -179,6 +218,7 @@ template <int bytes, class I, class T>
 TZ_INLINE int64_t count_row(const Factors<I>& f, int64_t i, Row<I, T>& row) {
   uint64_t* __restrict met = row.met.data();
   const Span span = span_of(f, i);
+  if (span.solid) return span.high - span.low + 1;
   int64_t n = 0;
   if (!span.scattered) {
     if (!span.terms) return 0;
@@ -188,7 +228,7 @@ TZ_INLINE int64_t count_row(const Factors<I>& f, int64_t i, Row<I, T>& row) {
   }
   for (I p = f.a_begin(i); p < f.a_end(i); ++p) {
     prefetch<I, T>(f, p, nullptr);
-    const RowOf<I>& b = f.b[f.a_col[p]];
+    const RowOf<I>& b = f.met[p];
     for (I q = b.start; q < b.start + b.length; ++q) {
       uint64_t& word = met[f.b_col[q] >> 6];
       n += ~(word >> (f.b_col[q] & 63)) & 1;
@@ -196,7 +236,7 @@ TZ_INLINE int64_t count_row(const Factors<I>& f, int64_t i, Row<I, T>& row) {
     }
   }
   for (I p = f.a_begin(i); p < f.a_end(i); ++p) {
-    const RowOf<I>& b = f.b[f.a_col[p]];
+    const RowOf<I>& b = f.met[p];
     for (I q = b.start; q < b.start + b.length; ++q) met[f.b_col[q] >> 6] = 0;
   }
   return n;
@@ -204,10 +244,10 @@ TZ_INLINE int64_t count_row(const Factors<I>& f, int64_t i, Row<I, T>& row) {
 
 // Lists the columns of row i in `row.list` and, where `summed`, adds up their terms in `row.sum`.
 template <int bytes, bool summed, class I, class T>
-TZ_INLINE int64_t merge_row(const Factors<I>& f, int64_t i, const T* x, const T* y, Row<I, T>& row) {
+TZ_INLINE int64_t merge_row(const Factors<I>& f, int64_t i, const Span& span, const T* x, const Packed<I, T>* y,
+                            Row<I, T>& row) {
   uint64_t *__restrict met = row.met.data(), *__restrict words = row.words.data();
   I *__restrict touched = row.touched.get(), *__restrict list = row.list.get();
-  const Span span = span_of(f, i);
   if (!span.terms) return 0;
   if (!span.scattered) {
     go_through_row<bytes, Marks::columns, summed>(f, i, x, y, row);
