@@ -450,7 +450,7 @@ def plot(measured: Measurements, figure: Any) -> None:
         left.text(means[row] + errors[row] + 0.01 * max(means), row, f"{ratio:.1f}", va="center")
     bound = measured[figure_name(BOUND, LATENCY)].mean
     left.axvline(bound, color="k", linestyle=":", label="balanced, no traffic")
-    left.set_xlim(0, 1.12 * max(means))
+    left.set_xlim(0, 1.2 * max(means))
     left.invert_yaxis()
     left.legend(loc="lower right", fontsize=8)
     left.set_title(f"{DEVICES} devices, skewed loads: simulated latency", fontsize=10)
@@ -458,8 +458,8 @@ def plot(measured: Measurements, figure: Any) -> None:
     names = ["FSSDP", "EP, replicated\noptimizer"]
     memory = [measured[MEMORY[key]] for key in ("FSSDP", "replicated")]
     right.bar(names, [m.mean for m in memory], color=["tab:blue", "tab:orange"], width=0.6)
-    right.set_ylabel("KiB")
-    right.set_title("4 processes: expert memory of a rank", fontsize=10)
+    right.set_ylabel("KiB of expert weights, gradients, optimizer states")
+    right.set_title("4 processes, measured: a rank", fontsize=10)
 
 
 EXPERIMENT = Experiment(
