@@ -96,10 +96,17 @@ def test_cards_are_sorted_and_complete():
         modules = {
             name: thing
             for name, thing in things.items()
-            if isinstance(thing, type) and issubclass(thing, torchzoo.ZooModel)
+            if isinstance(thing, type)
+            and issubclass(thing, torchzoo.ZooModel)
+            and thing.__name__ == name  # not an alias
         }
         bases = {base for module in modules.values() for base in module.__mro__[1:]}
         assert {name for name in modules if modules[name] not in bases} <= set(mine)
+
+
+def test_an_alias_is_the_module_that_it_names():
+    assert registry.card("PMoEActor") is registry.card("PMoEPolicy")
+    assert type(torchzoo.create("moe.PMoEActor", obs_dim=3, action_dim=2)).__name__ == "PMoEPolicy"
 
 
 def test_examples_are_fresh():

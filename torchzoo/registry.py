@@ -134,9 +134,10 @@ def card(name: str) -> Card:
         raise UnknownNameError(f"{name!r} is in several families: {', '.join(sorted(keys))}")
     if keys:
         family, _, unit = keys[0].partition(".")
-        getattr(import_module(f"torchzoo.{family}"), unit)
-        if keys[0] in _cards:
-            return _cards[keys[0]]
+        thing = getattr(import_module(f"torchzoo.{family}"), unit)
+        key = f"{family}.{getattr(thing, '__name__', unit)}"  # another name than its own, it may be
+        if key in _cards:
+            return _cards[key]
         raise UnknownNameError(f"{keys[0]} is a function, not a module that can be created")
     known = [key.partition(".")[2] for key in _public_names()] + list(_cards)
     raise UnknownNameError(f"no module {name!r}{suggest(name, known)}")
