@@ -107,7 +107,7 @@ def test_an_interrupted_run_keeps_its_seeds_and_goes_on(run, fake, tmp_path):
 
 def test_ctrl_c_exits_130_and_leaves_no_half_file(fake, tmp_path):
     source = fake / "coin.py"
-    source.write_text(source.read_text().replace('"sleep": 0', '"sleep": 1.0'))
+    source.write_text(source.read_text().replace('"sleep": 0', '"sleep": 5.0'))
     script = (
         "import sys; from torchzoo import catalogue; from torchzoo.cli.app import main;"
         "row = catalogue.Paper(901, 'Heads', 'moe', 's', 'c', (), 'fakezoo.coins.coin');"
