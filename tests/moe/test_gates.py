@@ -340,3 +340,58 @@ def test_load_loss_has_a_gradient_and_vanishes_when_all_are_used():
 def test_routing_is_a_tuple_of_tensors():
     assert Routing._fields == ("weights", "experts", "logits", "probs", "mask")
     assert all(isinstance(t, torch.Tensor) for t in SoftmaxGate(6, 4)(tokens(2, 6)))
+
+
+class TestBalancedChoice:
+    def gate(self, **options):
+        torch.manual_seed(0)
+        return TopKGate(5, 4, 2, balanced=True, dtype=torch.float64, **options)
+
+    def test_bias_moves_by_the_sign_of_what_is_missing(self):
+        gate = self.gate()
+        gate.balance(torch.tensor([5, 1, 3, 3]), rate=0.25)
+        assert gate.choice_bias.tolist() == [-0.25, 0.25, 0.0, 0.0]
+        gate.balance(torch.tensor([5.0, 5.0, 0.0, 2.0]), rate=0.5)
+        assert gate.choice_bias.tolist() == [-0.75, -0.25, 0.5, 0.5]
+
+    @pytest.mark.parametrize("renormalize", [True, False])
+    def test_bias_changes_the_choice_and_nothing_else(self, renormalize):
+        gate, x = self.gate(renormalize=renormalize), torch.randn(40, 5, dtype=torch.float64)
+        gate.choice_bias.copy_(torch.tensor([0.3, -0.2, 0.0, 0.1]))
+        routing = gate(x)
+        for t, logits in enumerate(x @ gate.weight.T + gate.bias):
+            shares = logits.softmax(-1)
+            chosen = sorted(range(4), key=lambda e: -(shares + gate.choice_bias)[e].item())[:2]
+            assert routing.experts[t].tolist() == chosen
+            weights = logits[chosen].softmax(-1) if renormalize else shares[chosen]
+            torch.testing.assert_close(routing.weights[t], weights)
+            torch.testing.assert_close(routing.probs[t], shares)
+
+    def test_updates_even_out_skewed_loads(self):
+        gate = self.gate()
+        with torch.no_grad():
+            gate.bias.copy_(torch.tensor([2.0, 0.0, -1.0, -1.0]))
+        x = torch.randn(2000, 5, dtype=torch.float64)
+        before = gate(x).load
+        for rate in [2e-3] * 250 + [2e-4] * 50:  # in the end loads swing by what a step moves
+            gate.balance(gate(x).load, rate=rate)
+        after = gate(x).load
+        assert before.max() > 1.8 * before.double().mean()
+        assert after.max() < 1.03 * after.double().mean()
+
+    def test_bias_is_in_the_state_and_has_no_gradient(self):
+        gate = self.gate()
+        gate.balance(torch.tensor([5, 1, 3, 3]))
+        other = self.gate()
+        other.load_state_dict(gate.state_dict())
+        assert other.choice_bias.equal(gate.choice_bias)
+        assert "choice_bias" not in dict(gate.named_parameters())
+        assert "choice_bias" not in TopKGate(5, 4, 2).state_dict()
+
+    def test_bad_input(self):
+        with pytest.raises(ValueError, match="balanced=True"):
+            TopKGate(5, 4, 2).balance(torch.zeros(4))
+        with pytest.raises(ValueError, match=r"load: expected \(4,\), got \(3,\)"):
+            self.gate().balance(torch.zeros(3))
+        with pytest.raises(ValueError, match="select_with_bias"):
+            self.gate(select_with_bias=False)

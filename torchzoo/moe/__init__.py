@@ -9,6 +9,7 @@ __getattr__, __dir__, __all__ = attach(
         "dense_to_sparse": ["ActivationDenseToSparseGate", "DenseToSparseGate"],
         "dispatch": ["Dispatch", "apply_capacity", "permute_tokens", "unpermute_tokens"],
         "em": ["fit_em"],
+        "expert_choice": ["ExpertChoiceGate"],
         "expert_parallel": ["EPExperts"],
         "experts": ["GroupedExperts"],
         "fitting": ["fit_mle"],

@@ -102,10 +102,15 @@ class TopKGate(Gate):
     then exactly 1 and the router gets no gradient through them. Without, the chosen experts keep
     their share of the softmax over all experts.
 
+    With `balanced` the loads are evened out without a loss: experts are chosen by their share of
+    the softmax plus a bias of the choice alone, which `balance` raises for experts that got too
+    few tokens and lowers for those that got too many.
+
     Args:
         dim: Features of a token.
         num_experts: Number of experts `E`.
         k: Experts a token.
+        balanced: Whether there is a bias of the choice; call `balance` after each update.
         renormalize: Whether the weights of a token add up to 1.
         select_with_bias: Whether the bias takes part in the choice, as is usual in routers; if
             not, it enters the weights only.
@@ -117,19 +122,23 @@ class TopKGate(Gate):
         - x: `(..., dim)`
         - output: `Routing` with `k` slots.
 
+    Attributes:
+        choice_bias: `(E,)` buffer, the bias of the choice; None unless `balanced`.
+
     Returns:
         A `Routing` with all slots in use, largest selection score first.
 
     Raises:
-        ValueError: A size below 1, `k` above `num_experts`, or an input whose last dimension is
-            not `dim`.
+        ValueError: A size below 1, `k` above `num_experts`, `balanced` with a bias that takes no
+            part in the choice, or an input whose last dimension is not `dim`.
 
     Source:
         Shazeer et al., "Outrageously Large Neural Networks: The Sparsely-Gated
-        Mixture-of-Experts Layer", 2017, eq. (3) and (5); without renormalisation Fedus, Zoph and
-        Shazeer, "Switch Transformers", 2021, eq. (2); with a bias that takes no part in the choice
-        Nguyen, Akbarian, Yan and Ho, "Statistical Perspective of Top-K Sparse Softmax Gating
-        Mixture of Experts", 2024, eq. (1).
+        Mixture-of-Experts Layer", 2017, eq. (3) and (5); balancing Wang et al., "Auxiliary-Loss-
+        Free Load Balancing Strategy for Mixture-of-Experts", 2024, algorithm 1; without
+        renormalisation Fedus, Zoph and Shazeer, "Switch Transformers", 2021, eq. (2); with a bias
+        that takes no part in the choice Nguyen, Akbarian, Yan and Ho, "Statistical Perspective of
+        Top-K Sparse Softmax Gating Mixture of Experts", 2024, eq. (1).
 
     Example:
         >>> routing = TopKGate(8, 4, 2)(torch.randn(10, 8))
@@ -137,12 +146,15 @@ class TopKGate(Gate):
         (torch.Size([10, 2]), 20)
     """
 
+    choice_bias: Tensor | None
+
     def __init__(
         self,
         dim: int,
         num_experts: int,
         k: int,
         *,
+        balanced: bool = False,
         renormalize: bool = True,
         select_with_bias: bool = True,
         bias: bool = True,
@@ -151,14 +163,48 @@ class TopKGate(Gate):
     ) -> None:
         super().__init__(dim, num_experts, bias=bias, device=device, dtype=dtype)
         check_count("k", k, 1, num_experts)
+        if balanced and not select_with_bias:
+            raise ValueError("balanced: expected False where select_with_bias=False, got True")
         self.k = k
         self.renormalize = renormalize
         self.select_with_bias = select_with_bias
+        start = torch.empty(num_experts, device=device, dtype=torch.float32) if balanced else None
+        self.register_buffer("choice_bias", start)
         self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Initialise weight and bias like `nn.Linear`, and the bias of the choice to zero."""
+        super().reset_parameters()
+        if self.choice_bias is not None:
+            nn.init.zeros_(self.choice_bias)
+
+    @torch.no_grad()
+    def balance(self, load: Tensor, *, rate: float = 1e-3) -> None:
+        """Move the bias of the choice by `rate sign(mean(load) - load)`.
+
+        Loads even out up to the tokens that a step of `rate` moves.
+
+        Args:
+            load: `(E,)`, tokens of each expert since the last update: the `load` of the routings,
+                added up over micro-batches and over ranks.
+            rate: Size of the step, in units of the softmax.
+
+        Raises:
+            ValueError: The gate is not `balanced`, or a load of another shape.
+        """
+        if self.choice_bias is None:
+            raise ValueError("balance: expected a gate with balanced=True")
+        if load.shape != self.choice_bias.shape:
+            wanted = tuple(self.choice_bias.shape)
+            raise ValueError(f"load: expected {wanted}, got {tuple(load.shape)}")
+        load = load.to(self.choice_bias)
+        self.choice_bias += rate * (load.mean() - load).sign()
 
     def choose(self, x: Tensor, logits: Tensor) -> Tensor:
         """`(..., k)`, the chosen experts of tokens `(..., dim)` with logits `(..., E)`."""
         selection = logits
+        if self.choice_bias is not None:
+            selection = logits.softmax(-1) + self.choice_bias.to(logits.dtype)
         if self.bias is not None and not self.select_with_bias:
             selection = self.linear(x, self.weight)
         return top_k_experts(selection.detach(), self.k)
@@ -176,7 +222,8 @@ class TopKGate(Gate):
     def extra_repr(self) -> str:
         """Sizes and options in short."""
         rule = f"renormalize={self.renormalize}, select_with_bias={self.select_with_bias}"
-        return f"{super().extra_repr()}, k={self.k}, {rule}"
+        balanced = "" if self.choice_bias is None else ", balanced=True"
+        return f"{super().extra_repr()}, k={self.k}, {rule}{balanced}"
 
 
 @register(
