@@ -76,7 +76,7 @@ wheel-test: wheel  ## Install the wheel into an empty environment and try it the
 test-abi: $(VENV)/.dev-ready  ## Load the CPU kernels, as built here, into another torch (TORCH=2.13.0)
 	$(BIN)/torchzoo build --out build/abi
 	test -x build/abi/$(TORCH)/bin/python || $(PYTHON) -m venv build/abi/$(TORCH)
-	build/abi/$(TORCH)/bin/python -m pip install --quiet torch==$(TORCH) numpy
+	build/abi/$(TORCH)/bin/python -m pip install --quiet torch==$(TORCH) numpy einops
 	for python in $(BIN)/python build/abi/$(TORCH)/bin/python; do \
 	  PYTHONPATH=. $$python tests/abi.py build/abi/libtorchzoo_cpu.so || exit 1; done
 
