@@ -185,10 +185,11 @@ TZ_INLINE void gemm_packed(Matrix<T> a, Matrix<T> b, Acc* c, int64_t ldc, int64_
 // A few rows of C over a few of B; the last columns of B come from `edge`, padded.
 template <int bytes, int rows, class Acc>
 TZ_INLINE void stripe(Matrix<Acc> a, Matrix<Acc> b, const Acc* edge, int64_t kc, Acc* c, int64_t ldc,
-                      int64_t n, bool fresh) {
+                      int64_t n, int64_t ahead, bool fresh) {
   constexpr int64_t nr = Tile<bytes, Acc>::nr;
   for (int64_t j = 0; j < n; j += nr) {
     const bool whole = j + nr <= n;
+    for (int64_t k = 0; k < ahead; ++k) __builtin_prefetch(b.data + (kc + k) * b.row + j);
     micro<bytes, rows>(a, whole ? b.data + j : edge, whole ? b.row : nr, kc, c + j, ldc, rows,
                        std::min(nr, n - j), fresh);
   }
@@ -208,11 +209,12 @@ TZ_INLINE void gemm_direct(Matrix<Acc> a, Matrix<Acc> b, Acc* c, int64_t ldc, in
       height = left == 8 || (left < MR && left >= 4) ? 4 : left >= MR ? MR : left >= 2 ? 2 : 1;
       const Matrix<Acc> rows = a.from(i, k0);
       Acc* out = c + i * ldc;
+      const int64_t ahead = i ? 0 : std::min(depth, k - k0 - kc);  // rows of B to ask for
       switch (height) {
-        case 1: stripe<bytes, 1>(rows, below, edge, kc, out, ldc, n, k0 == 0); break;
-        case 2: stripe<bytes, 2>(rows, below, edge, kc, out, ldc, n, k0 == 0); break;
-        case 4: stripe<bytes, 4>(rows, below, edge, kc, out, ldc, n, k0 == 0); break;
-        default: stripe<bytes, MR>(rows, below, edge, kc, out, ldc, n, k0 == 0);
+        case 1: stripe<bytes, 1>(rows, below, edge, kc, out, ldc, n, ahead, k0 == 0); break;
+        case 2: stripe<bytes, 2>(rows, below, edge, kc, out, ldc, n, ahead, k0 == 0); break;
+        case 4: stripe<bytes, 4>(rows, below, edge, kc, out, ldc, n, ahead, k0 == 0); break;
+        default: stripe<bytes, MR>(rows, below, edge, kc, out, ldc, n, ahead, k0 == 0);
       }
     }
   }
