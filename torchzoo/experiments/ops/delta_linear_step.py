@@ -1,6 +1,7 @@
-"""`delta_linear_step` against the dense layer it stands for, on a short stream of single frames.
+"""`delta_linear_step` against the dense layer it stands for: for one frame, and on a short stream.
 
-Each frame changes other inputs, so the weights that a step reads are rarely in a cache.
+One frame comes right after the dense product, which leaves nothing of the step in any cache. In the
+stream each frame changes other inputs, so that the weights which a step reads are rarely there.
 """
 
 from __future__ import annotations
@@ -16,17 +17,19 @@ from torch import Tensor
 from torchzoo.benchmark import OURS, Bench, Case
 from torchzoo.ops import delta_linear_step
 
-FRAMES = 8
+STREAM = 8
 
 
-def contenders(device: torch.device, size: int, changed: float) -> Mapping[str, Callable[[], Any]]:
+def contenders(
+    device: torch.device, size: int, changed: float, count: int = 1
+) -> Mapping[str, Callable[[], Any]]:
     """A stream in which a share of the inputs changes at each frame, and the dense products."""
     generator = torch.Generator().manual_seed(0)
     weight = (torch.randn(size, size, generator=generator) / size**0.5).to(device)
     weight_t = weight.mT.contiguous()
     first = torch.randn(size, generator=generator).to(device)
     frames = [first]
-    for _ in range(FRAMES):
+    for _ in range(count):
         where = torch.randperm(size, generator=generator)[: round(changed * size)].to(device)
         frames.append(frames[-1].index_add(0, where, torch.ones_like(where, dtype=first.dtype)))
     start = F.linear(first, weight)
@@ -45,18 +48,23 @@ def contenders(device: torch.device, size: int, changed: float) -> Mapping[str, 
     return {OURS: steps, "dense": dense}
 
 
-def _case(changed: float, bar: float | None, size: int = 4096) -> Case:
+def _case(changed: float, bar: float | None = None, count: int = 1, size: int = 4096) -> Case:
     rows = round(changed * size)
+    one, many = f"{changed:.0%} changed", f"{count} frames of {changed:.0%}"
     return Case(
-        f"{FRAMES} frames, {size} x {size}, {changed:.0%} changed",
-        partial(contenders, size=size, changed=changed),
-        2.0 * FRAMES * rows * size,
-        4.0 * FRAMES * (rows * size + 6 * size),
-        2.0 * FRAMES * rows * size,
+        f"{size} x {size}, {one if count == 1 else many}",
+        partial(contenders, size=size, changed=changed, count=count),
+        2.0 * count * rows * size,
+        4.0 * count * (rows * size + 6 * size),
+        2.0 * count * rows * size,
         bar,
     )
 
 
 BENCH = Bench(
-    "delta_linear_step", [_case(0.01, 20.0), _case(0.1, 5.0), _case(0.5, None), _case(1.0, None)]
+    "delta_linear_step",
+    [
+        *(_case(*case) for case in ((0.01, 20.0), (0.1, 5.0), (0.5,), (1.0,))),
+        *(_case(changed, count=STREAM) for changed in (0.01, 0.1)),
+    ],
 )
