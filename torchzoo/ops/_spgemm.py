@@ -20,6 +20,8 @@ from torch import Tensor
 from torch.library import custom_op
 from torch.nn import functional as F
 
+from torchzoo.ops.calling import loop_over_batch
+
 CHUNK = 2**20
 
 
@@ -247,19 +249,5 @@ grad_a.register_autograd(_grad_a_backward, setup_context=_save)
 grad_b.register_autograd(_grad_b_backward, setup_context=_save)
 
 
-def _loop_over_batch(op: Any) -> Any:
-    """A vmap rule for values on one pattern: the op once for each element of the batch."""
-
-    def rule(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Tensor, int]:
-        pattern, first, second, columns = args
-        rows = (
-            [value] * info.batch_size if dim is None else value.unbind(dim)
-            for value, dim in zip((first, second), in_dims[1:3], strict=True)
-        )
-        return torch.stack([op(pattern, *pair, columns) for pair in zip(*rows, strict=True)]), 0
-
-    return rule
-
-
 for _op in (values_of, grad_a, grad_b):
-    _op.register_vmap(_loop_over_batch(_op))
+    _op.register_vmap(loop_over_batch(_op))

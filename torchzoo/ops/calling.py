@@ -24,6 +24,19 @@ def below_autograd(*tensors: Tensor | None) -> AbstractContextManager[Any]:
     return guard
 
 
+def loop_over_batch(op: Any) -> Any:
+    """A vmap rule that calls an operator of one result once for each element of the batch."""
+
+    def rule(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Tensor, int]:
+        columns = [
+            arg.unbind(dim) if isinstance(dim, int) else [arg] * info.batch_size
+            for arg, dim in zip(args, in_dims, strict=True)
+        ]
+        return torch.stack([op(*row) for row in zip(*columns, strict=True)]), 0
+
+    return rule
+
+
 def no_autocast(x: Tensor) -> AbstractContextManager[Any]:
     """References compute in the types that they say, inside autocast too."""
     if torch.is_autocast_enabled(x.device.type):

@@ -25,10 +25,12 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from torchzoo.ops.calling import below_autograd, refuse_forward_mode
+from torchzoo.ops.calling import below_autograd
 from torchzoo.ops.delta_linear import (
     as_quantum,
+    check_floats,
     check_options,
+    check_state,
     delta_scan,
     encode,
     is_half,
@@ -99,22 +101,13 @@ def delta_conv2d_step(
                  [0., 0.]]])
     """
     pairs = _check(x, weight, stride, padding, dilation, threshold, quantum)
-    if x_ref.shape != x.shape:
-        raise ValueError(
-            f"x_ref: expected the shape of x, {tuple(x.shape)}, got {tuple(x_ref.shape)}"
-        )
-    expected = (*x.shape[:-3], weight.shape[0], *_grid(x.shape[-2:], weight.shape[2:], pairs))
-    if acc.shape != expected:
-        raise ValueError(f"acc: expected shape {tuple(expected)}, got {tuple(acc.shape)}")
-    tensors = (x, x_ref, acc, weight)
-    if any(tensor.device != x.device for tensor in tensors):
-        devices = ", ".join(str(tensor.device) for tensor in tensors)
-        raise ValueError(f"x, x_ref, acc, weight: expected one device, got {devices}")
-    refuse_forward_mode("delta_conv2d_step", *tensors)
-    dtype = state_dtype(*tensors)
+    tensors = {"x": x, "x_ref": x_ref, "acc": acc, "weight": weight}
+    grid = _grid(x.shape[-2:], weight.shape[2:], pairs)
+    check_state("delta_conv2d_step", tensors, (*x.shape[:-3], weight.shape[0], *grid))
+    dtype = state_dtype(*tensors.values())
     rows = weight.permute(1, 2, 3, 0)
-    state = (tensor.to(dtype).movedim(-3, -1) for tensor in tensors[:3])
-    with below_autograd(*tensors):
+    state = (tensor.to(dtype).movedim(-3, -1) for tensor in (x, x_ref, acc))
+    with below_autograd(*tensors.values()):
         result = torch.ops.torchzoo.delta_conv2d_step.default(
             *state,
             rows if is_half(rows) else rows.to(dtype),
@@ -217,9 +210,7 @@ def _check(
             f"x: expected shape (..., {weight.shape[1]}, H, W), with the channels of weight, "
             f"got {tuple(x.shape)}"
         )
-    for name, tensor in (("x", x), ("weight", weight)):
-        if not tensor.is_floating_point():
-            raise ValueError(f"{name}: expected a floating-point tensor, got {tensor.dtype}")
+    check_floats(x=x, weight=weight)
     pairs = (
         _pair("stride", stride, 1),
         _pair("padding", padding, 0),

@@ -12,6 +12,7 @@ the threshold is 0, so that an input which did not change still gets its gradien
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -68,24 +69,14 @@ def delta_linear_step(
         (tensor([3., 6.]), tensor([3., 5.]))
     """
     _check(x, weight_t, threshold, quantum)
-    if x_ref.shape != x.shape:
-        raise ValueError(
-            f"x_ref: expected the shape of x, {tuple(x.shape)}, got {tuple(x_ref.shape)}"
-        )
-    expected = (*x.shape[:-1], weight_t.shape[1])
-    if acc.shape != expected:
-        raise ValueError(f"acc: expected shape {tuple(expected)}, got {tuple(acc.shape)}")
-    tensors = (x, x_ref, acc, weight_t)
-    if any(tensor.device != x.device for tensor in tensors):
-        devices = ", ".join(str(tensor.device) for tensor in tensors)
-        raise ValueError(f"x, x_ref, acc, weight_t: expected one device, got {devices}")
-    refuse_forward_mode("delta_linear_step", *tensors)
-    dtype = state_dtype(*tensors)
+    tensors = {"x": x, "x_ref": x_ref, "acc": acc, "weight_t": weight_t}
+    check_state("delta_linear_step", tensors, (*x.shape[:-1], weight_t.shape[1]))
+    dtype = state_dtype(*tensors.values())
     # `to` costs microseconds even where there is nothing to do, as much as a sparse step itself
     state = (t if t.dtype == dtype else t.to(dtype) for t in (x, x_ref, acc))
     if weight_t.dtype != dtype and not is_half(weight_t):
         weight_t = weight_t.to(dtype)
-    with below_autograd(*tensors):
+    with below_autograd(*tensors.values()):
         return torch.ops.torchzoo.delta_linear_step.default(
             *state, weight_t, as_quantum(quantum, x, dtype), float(threshold)
         )
@@ -198,6 +189,24 @@ def encode(
     return torch.where(changed, sent, x_ref), torch.where(changed, delta, 0.0)
 
 
+def check_state(op: str, tensors: Mapping[str, Tensor], expected: tuple[int, ...]) -> None:
+    """Raise for a state, of a step's `tensors` by name, that does not fit its frame.
+
+    `expected` is the shape of `acc`.
+    """
+    x, x_ref, acc = (tensors[name] for name in ("x", "x_ref", "acc"))
+    if x_ref.shape != x.shape:
+        raise ValueError(
+            f"x_ref: expected the shape of x, {tuple(x.shape)}, got {tuple(x_ref.shape)}"
+        )
+    if acc.shape != expected:
+        raise ValueError(f"acc: expected shape {tuple(expected)}, got {tuple(acc.shape)}")
+    if any(tensor.device != x.device for tensor in tensors.values()):
+        devices = ", ".join(str(tensor.device) for tensor in tensors.values())
+        raise ValueError(f"{', '.join(tensors)}: expected one device, got {devices}")
+    refuse_forward_mode(op, *tensors.values())
+
+
 def state_dtype(*tensors: Tensor) -> torch.dtype:
     """The dtype of a stream's state: what the tensors promote to, never half precision."""
     dtype = torch.float32
@@ -225,10 +234,14 @@ def _check(x: Tensor, weight_t: Tensor, threshold: float, quantum: float | Tenso
             f"x: expected last dimension {weight_t.shape[0]}, as weight_t has rows, "
             f"got shape {tuple(x.shape)}"
         )
-    for name, tensor in (("x", x), ("weight_t", weight_t)):
+    check_floats(x=x, weight_t=weight_t)
+    check_options(x.shape[-1], threshold, quantum)
+
+
+def check_floats(**tensors: Tensor) -> None:
+    for name, tensor in tensors.items():
         if not tensor.is_floating_point():
             raise ValueError(f"{name}: expected a floating-point tensor, got {tensor.dtype}")
-    check_options(x.shape[-1], threshold, quantum)
 
 
 def check_options(features: int, threshold: float, quantum: float | Tensor | None) -> None:

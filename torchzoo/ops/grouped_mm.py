@@ -17,6 +17,7 @@ from torch import Tensor
 
 from torchzoo.ops.calling import (
     below_autograd,
+    loop_over_batch,
     no_autocast,
     refuse_forward_mode,
     values_readable,
@@ -151,18 +152,5 @@ _grouped_mm.register_autograd(_backward, setup_context=_setup)
 _grouped_mm_dweight.register_autograd(_dweight_backward, setup_context=_setup)
 
 
-def _loop_over_batch(op: Any) -> Any:
-    """A vmap rule that calls the op once for each element of the batch."""
-
-    def rule(info: Any, in_dims: tuple[int | None, ...], *tensors: Tensor) -> tuple[Tensor, int]:
-        columns = [
-            [t] * info.batch_size if dim is None else t.unbind(dim)
-            for t, dim in zip(tensors, in_dims, strict=True)
-        ]
-        return torch.stack([op(*row) for row in zip(*columns, strict=True)]), 0
-
-    return rule
-
-
-_grouped_mm.register_vmap(_loop_over_batch(_grouped_mm))
-_grouped_mm_dweight.register_vmap(_loop_over_batch(_grouped_mm_dweight))
+_grouped_mm.register_vmap(loop_over_batch(_grouped_mm))
+_grouped_mm_dweight.register_vmap(loop_over_batch(_grouped_mm_dweight))
