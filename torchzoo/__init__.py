@@ -15,6 +15,7 @@ __getattr__, __dir__, __all__ = attach(
         "registry": ["Example", "create", "names", "register"],
     },
     submodules=[
+        "activations",
         "attention",
         "catalogue",
         "common",
@@ -24,6 +25,7 @@ __getattr__, __dir__, __all__ = attach(
         "ops",
         "registry",
         "sparsity",
+        "surgery",
         "testing",
         "trainer",
     ],
