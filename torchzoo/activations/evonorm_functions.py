@@ -1,0 +1,171 @@
+"""The maths of EvoNorm as functions: statistics of batch, instance and group, B0 and S0.
+
+Statistics are biased, in two passes, in float32 at least.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def evonorm_b0(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    v: Tensor,
+    batch_var: Tensor | None = None,
+    *,
+    eps: float = 1e-5,
+) -> Tensor:
+    """EvoNorm-B0 as a function of its tensors.
+
+    Args:
+        x: Input, `(N, C, *spatial)`.
+        weight: Scales gamma, `(C,)`.
+        bias: Shifts beta, `(C,)`.
+        v: Slopes of the instance branch, `(C,)`.
+        batch_var: Variance of each channel, `(C,)`; by default the biased one of `x`.
+        eps: Added to the variances.
+
+    Shape:
+        - x, output: `(N, C, *spatial)`
+
+    Returns:
+        The output, in the dtype of `x`.
+
+    Source:
+        Liu, Brock, Simonyan and Le, "Evolving Normalization-Activation Layers", 2020, B0.
+
+    Example:
+        >>> x = torch.tensor([[[[-2.0, 2.0]]]])
+        >>> one, zero = torch.ones(1), torch.zeros(1)
+        >>> evonorm_b0(x, one, zero, one, eps=0.0).flatten().tolist()
+        [-1.0, 0.5]
+    """
+    wide = widened(x)
+    if batch_var is None:
+        batch_var = variance(wide, batch_and_space(x))
+    y = over_larger(wide, batch_var, instance_term(wide, v, eps), eps)
+    return affine(y, weight, bias).to(x.dtype)
+
+
+def evonorm_s0(
+    x: Tensor, weight: Tensor, bias: Tensor, v: Tensor, *, groups: int = 32, eps: float = 1e-5
+) -> Tensor:
+    """EvoNorm-S0 as a function of its tensors.
+
+    Args:
+        x: Input, `(N, C, *spatial)`.
+        weight: Scales gamma, `(C,)`.
+        bias: Shifts beta, `(C,)`.
+        v: Slopes of the sigmoid's argument, `(C,)`.
+        groups: Number of groups, a divisor of C.
+        eps: Added to the variances.
+
+    Shape:
+        - x, output: `(N, C, *spatial)`
+
+    Returns:
+        The output, in the dtype of `x`.
+
+    Source:
+        Liu, Brock, Simonyan and Le, "Evolving Normalization-Activation Layers", 2020, S0.
+
+    Example:
+        >>> x = torch.tensor([[[[-2.0, 2.0]]]])
+        >>> one, zero = torch.ones(1), torch.zeros(1)
+        >>> evonorm_s0(x, one, zero, zero, groups=1, eps=0.0).flatten().tolist()
+        [-0.5, 0.5]
+    """
+    wide = widened(x)
+    active = wide * (column(v, wide) * wide).sigmoid()
+    y = over_groups(active, wide, groups, eps, centred=True)
+    return affine(y, weight, bias).to(x.dtype)
+
+
+def widened(x: Tensor) -> Tensor:
+    """`x` in float32 at least: statistics of half precision would lose the paper's eps."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def column(vector: Tensor, x: Tensor) -> Tensor:
+    """A vector over channels, shaped and typed to act on `x`."""
+    return vector.to(x.dtype).view(-1, *[1] * (x.ndim - 2))
+
+
+def batch_and_space(x: Tensor) -> list[int]:
+    """All axes but the channels'."""
+    return [0, *range(2, x.ndim)]
+
+
+def variance(x: Tensor, axes: list[int], keepdim: bool = False) -> Tensor:
+    """The biased variance, in two passes."""
+    return x.var(axes, correction=0, keepdim=keepdim)
+
+
+def instance_term(x: Tensor, v: Tensor, eps: float) -> Tensor:
+    """`v x` + the deviation of each channel of each sample, the second branch of B0."""
+    std = (variance(x, list(range(2, x.ndim)), keepdim=True) + eps).sqrt()
+    return column(v, x) * x + std
+
+
+def instance_rms(x: Tensor, eps: float) -> Tensor:
+    """The root mean square of each channel of each sample."""
+    return (x.square().mean(list(range(2, x.ndim)), keepdim=True) + eps).sqrt()
+
+
+def over_larger(x: Tensor, batch_var: Tensor, other: Tensor, eps: float) -> Tensor:
+    """`x` over the larger of the batch's deviation and another term."""
+    return x / torch.maximum((column(batch_var, x) + eps).sqrt(), other)
+
+
+def over_groups(y: Tensor, x: Tensor, groups: int, eps: float, *, centred: bool) -> Tensor:
+    """`y` over the std or rms of the groups of `x`; views, whatever the memory format."""
+    split = x.unflatten(1, (groups, x.shape[1] // groups))
+    axes = list(range(2, split.ndim))
+    if centred:
+        moment = variance(split, axes, keepdim=True)
+    else:
+        moment = split.square().mean(axes, keepdim=True)
+    return (y.unflatten(1, split.shape[1:3]) / (moment + eps).sqrt()).flatten(1, 2)
+
+
+def affine(y: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """`y gamma + beta`, per channel."""
+    return y * column(weight, y) + column(bias, y)
+
+
+class _SumOverRanks(torch.autograd.Function):
+    """The sum over the ranks of a group; its gradient is the sum of the ranks' gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+        ctx.group = group
+        total = value.clone()
+        dist.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        total = grads[0].contiguous().clone()
+        dist.all_reduce(total, group=ctx.group)
+        return total, None
+
+
+def variances_over_ranks(x: Tensor, group: dist.ProcessGroup | None) -> tuple[Tensor, Tensor]:
+    """Biased and unbiased variance `(C,)` of all ranks' values; a rank may have none."""
+    axes = batch_and_space(x)
+    sums = _SumOverRanks.apply(torch.cat([x.sum(axes), x.new_tensor([_values(x)])]), group)
+    count = sums[-1].detach().clamp_min(1)
+    centred = x - column(sums[:-1] / count, x)
+    squares = _SumOverRanks.apply(centred.square().sum(axes), group)
+    return squares / count, squares.detach() / (count - 1).clamp_min(1)
+
+
+def _values(x: Tensor) -> int:
+    """How many values a channel has."""
+    return x.numel() // x.shape[1]

@@ -1,0 +1,125 @@
+"""Pairs of shifted activations, p = act(x - l) and n = act(u - x), combined into one bump.
+
+H.-T. Ta and A. Tran, AF-KAN: Activation Function-Based Kolmogorov-Arnold Networks for
+Efficient Representation Learning, 2025. On a grid of g cells and
+with order k there are K = g + k pairs, which start at
+
+    l_j = (j - k) / g,    u_j = l_j + (k + 1) / g,    j = 0 .. K - 1,
+
+all inputs share them, and they learn. With ReLU and `quad1` the start is the basis of ReLU-KAN but
+for its constant factor 16 g^4 / (k + 1)^4.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from torchzoo.activations.basis import (
+    ACTIVATIONS,
+    UnivariateBasis,
+    check_choice,
+    check_count,
+    steps,
+)
+from torchzoo.registry import Example, register
+
+COMBINATIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "quad1": lambda p, n: (p * n).square(),
+    "quad2": lambda p, n: p * n + p.square() + n.square(),
+    "sum": lambda p, n: p + n,
+    "prod": lambda p, n: p * n,
+    "sum_prod": lambda p, n: p + n + p * n,
+    "cubic1": lambda p, n: (p + n) * (p.square() + n.square()),
+    "cubic2": lambda p, n: (p * n).pow(3),
+}
+"""What a pair becomes, by name."""
+
+
+@register(
+    paper=8,
+    example=lambda: Example(
+        {"grid_size": 3, "order": 2},
+        (torch.rand(3, 4, generator=torch.Generator().manual_seed(0)),),
+        bad_options={"grid_size": 0, "order": -1, "activation": "sine", "combine": "quad3"},
+    ),
+)
+class PairBasis(UnivariateBasis):
+    """Combined pairs of shifted activations, whose shifts learn.
+
+    Args:
+        grid_size: Number of cells g in [0, 1].
+        order: Cells k that a pair covers beyond its own; K = g + k functions.
+        activation: A name out of softplus, sigmoid, silu, relu, leaky_relu, elu, gelu, selu, tanh.
+        combine: quad1 (p n)^2, quad2 p n + p^2 + n^2, sum p + n, prod p n, sum_prod p + n + p n,
+            cubic1 (p + n)(p^2 + n^2), cubic2 (p n)^3.
+        train_grid: Whether the shifts learn.
+        device: Device of the shifts.
+        dtype: Type of the shifts.
+
+    Shape:
+        - x: `(..., D)`
+        - output: `(..., D, K)`
+        - low, high: `(K,)`
+
+    Returns:
+        The functions of each input.
+
+    Raises:
+        ValueError: A count out of range, an unknown activation or combination (the message lists
+            them), or x without dimensions.
+
+    Source:
+        Ta and Tran, AF-KAN, 2025, and the authors' published code.
+
+    Example:
+        >>> PairBasis(2, 1, activation="relu", combine="prod")(torch.tensor([0.5])).tolist()
+        [[0.0, 0.25, 0.0]]
+    """
+
+    grid_range = (0.0, 1.0)
+
+    def __init__(
+        self,
+        grid_size: int = 5,
+        order: int = 3,
+        activation: str = "silu",
+        combine: str = "quad1",
+        *,
+        train_grid: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        check_count("grid_size", grid_size)
+        check_count("order", order, 0)
+        check_choice("activation", activation, list(ACTIVATIONS))
+        check_choice("combine", combine, list(COMBINATIONS))
+        self.grid_size, self.order = grid_size, order
+        self.activation, self.combine, self.train_grid = activation, combine, train_grid
+        self.num_basis = grid_size + order
+        low = torch.empty(self.num_basis, device=device, dtype=dtype)
+        self.low = nn.Parameter(low, requires_grad=train_grid)
+        self.high = nn.Parameter(torch.empty_like(low), requires_grad=train_grid)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Put the pairs on the grid."""
+        with torch.no_grad():
+            self.low.copy_((steps(self.num_basis, self.low)[:, 0] - self.order) / self.grid_size)
+            self.high.copy_(self.low + (self.order + 1) / self.grid_size)
+
+    def evaluate(self, x: Tensor) -> Tensor:
+        act = ACTIVATIONS[self.activation]
+        column = x.unsqueeze(-2)
+        positive = act(column - self.low.unsqueeze(-1))
+        negative = act(self.high.unsqueeze(-1) - column)
+        return COMBINATIONS[self.combine](positive, negative)
+
+    def extra_repr(self) -> str:
+        return (
+            f"grid_size={self.grid_size}, order={self.order}, activation={self.activation!r}, "
+            f"combine={self.combine!r}, train_grid={self.train_grid}"
+        )
