@@ -8,7 +8,7 @@ import torch
 
 from torchzoo import benchmark
 from torchzoo.benchmark import Bench, Case
-from torchzoo.experiments.ops import delta_linear_step, grouped_mm, sparse_ffn
+from torchzoo.experiments.ops import delta_linear_step, grouped_mm, moe_layer, sparse_ffn
 
 LIMITS = {"bytes_per_s": 1e9, "flops_per_s": 1e10}
 
@@ -49,6 +49,25 @@ def test_ratio_is_of_medians_against_the_best_peer():
     assert found["gbytes_per_s"] == pytest.approx(0.5)
     assert found["share_of_limit"] == pytest.approx(0.5)  # 1 MB at 1 GB/s is 1 ms of 2 ms
     assert json.loads(json.dumps(result)) == result
+
+
+def test_peak_memory_is_what_a_call_holds_at_once():
+    def hold(count):
+        kept = [torch.ones(2**22) for _ in range(count)]  # 16 MiB each
+        return kept[:1]
+
+    device = torch.device("cpu")
+    peaks = [benchmark.peak_bytes(lambda n=n: hold(n), device) for n in (1, 4)]
+    if None in peaks:
+        pytest.skip("the system does not count a process's pages")
+    assert peaks[0] == pytest.approx(16 * 2**20, abs=4 * 2**20)
+    assert peaks[1] == pytest.approx(64 * 2**20, abs=4 * 2**20)
+
+
+def test_memory_is_compared_with_the_leanest_peer():
+    peaks = {"torchzoo": 2**20, "fat": 5 * 2**20, "lean": 3 * 2**20}
+    assert benchmark._memory(peaks) == "1 MiB, peers 3 MiB"
+    assert benchmark._memory(peaks | {"torchzoo": None}) == ""
 
 
 @pytest.mark.usefixtures("clock")
@@ -106,12 +125,24 @@ def test_grouped_contenders_agree():
             torch.testing.assert_close(found, results["loop"], rtol=1e-4, atol=1e-4)
 
 
+def test_moe_contenders_agree():
+    calls = moe_layer.contenders(torch.device("cpu"), tokens=12, dim=8, hidden=16, experts=4)
+    found = {name: call() for name, call in calls.items()}
+    assert set(found) >= {"torchzoo", "loop", "torch grouped_mm"}
+    for name, (dx, drouter, *rest) in found.items():
+        torch.testing.assert_close(dx, found["torchzoo"][0], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(drouter, found["torchzoo"][1], rtol=1e-4, atol=1e-5)
+        total = sum(float(gradient.square().sum()) for gradient in rest)
+        ours = sum(float(gradient.square().sum()) for gradient in found["torchzoo"][2:])
+        assert total == pytest.approx(ours, rel=1e-4), name
+
+
 def test_delta_contenders_agree():
     calls = delta_linear_step.contenders(torch.device("cpu"), 64, 0.1)
     torch.testing.assert_close(calls["torchzoo"](), calls["dense"](), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("module", [grouped_mm, delta_linear_step, sparse_ffn])
+@pytest.mark.parametrize("module", [grouped_mm, delta_linear_step, moe_layer, sparse_ffn])
 def test_every_definition_names_what_is_asked_for(module):
     bench = module.BENCH
     assert bench.op == module.__name__.rpartition(".")[2]

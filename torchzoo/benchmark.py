@@ -6,6 +6,8 @@ beside what the machine can do at all: a copy and a matrix product are measured 
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -112,6 +114,7 @@ def _case(
         "name": case.name,
         "size": case.size,
         "seconds": found,
+        "peak_bytes": {name: peak_bytes(call, device) for name, call in calls.items()},
         "best_peer": best,
         "ratio": peers[best] / ours,
         "bar": case.bar,
@@ -141,6 +144,36 @@ def _seconds(call: Callable[[], Any], device: torch.device) -> float:
     return start_event.elapsed_time(end_event) / 1e3
 
 
+def peak_bytes(call: Callable[[], Any], device: torch.device) -> int | None:
+    """How much more memory than before a call holds at its peak, its result included.
+
+    On a CPU these are pages of this process, which Linux counts; None where it doesn't.
+    """
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        kept = call()
+        torch.cuda.synchronize()
+        del kept
+        return int(torch.cuda.max_memory_allocated() - before)
+    try:
+        ctypes.CDLL(None).malloc_trim(0)  # what the allocator keeps for later counts as free
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
+        before = _resident("VmRSS")
+        kept = call()
+        del kept
+        return _resident("VmHWM") - before
+    except (OSError, AttributeError):
+        return None
+
+
+def _resident(key: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:"))
+
+
 def machine_limits(device: torch.device) -> dict[str, float]:
     """What the machine can do at all: bytes moved by a copy and float32 FLOPs of a product."""
     count = 2**25 if device.type == "cpu" else 2**28
@@ -164,7 +197,8 @@ def table(result: Mapping[str, Any]) -> Any:
         f"{result['op']} on {result['device']}, medians of {result['rounds']} interleaved rounds"
     )
     shown = Table(title=title)
-    for column in ("case", "torchzoo", "best peer", "ratio", "asked", "of the limit"):
+    columns = ("case", "torchzoo", "best peer", "ratio", "asked", "of the limit", "memory")
+    for column in columns:
         shown.add_column(column, justify="left" if column in ("case", "best peer") else "right")
     for row in result["cases"]:
         ours, best = row["seconds"][OURS], row["seconds"][row["best_peer"]]
@@ -179,8 +213,18 @@ def table(result: Mapping[str, Any]) -> Any:
             f"[{'green' if met else 'red'}]{row['ratio']:.2f}x[/]",
             asked,
             f"{row['share_of_limit']:.0%}",
+            _memory(row["peak_bytes"]),
         )
     return shown
+
+
+def _memory(peaks: Mapping[str, int | None]) -> str:
+    """Our peak against the smallest of the peers'."""
+    ours = peaks[OURS]
+    others = [peak for name, peak in peaks.items() if name != OURS and peak is not None]
+    if ours is None or not others:
+        return ""
+    return f"{ours / 2**20:.0f} MiB, peers {min(others) / 2**20:.0f} MiB"
 
 
 def _milliseconds(row: Mapping[str, float]) -> str:

@@ -4,14 +4,12 @@
 // one run a thread, so that skewed groups don't leave a thread idle; how an element is summed does not
 // depend on its strip, so results are the same for any number of threads. Each weight is read once.
 #include "gemm.h"
+#include "groups.h"
 
 #include <memory>
 
 namespace torchzoo {
 namespace {
-
-constexpr int64_t STRIP = 512;
-constexpr int64_t NARROW = 64;  // a multiple of every tile's width
 
 struct Product {  // one group: C(m, n) = A(m, k)·B(k, n)
   int64_t m, k;
@@ -20,50 +18,20 @@ struct Product {  // one group: C(m, n) = A(m, k)·B(k, n)
 // Calls run(group, first column, columns, scratch) for every group and strip.
 template <class Acc, class Run>
 void for_strips(const std::vector<Product>& groups, int64_t n, const Run& run) {
-  const int64_t threads = torch::stable::get_num_threads();
-  int64_t width = STRIP;  // as wide as lets every thread have a few
-  while (width > NARROW && static_cast<int64_t>(groups.size()) * ((n + width - 1) / width) < 4 * threads)
-    width /= 2;
+  const int64_t width = strip_width(static_cast<int64_t>(groups.size()), n);
   const int64_t strips = (n + width - 1) / width;
-  const int64_t tasks = static_cast<int64_t>(groups.size()) * strips;
-  if (!tasks) return;
   std::vector<double> cost(1, 0.0);
-  cost.reserve(tasks + 1);
+  cost.reserve(groups.size() * strips + 1);
   for (const Product& g : groups)  // packing costs about as much as 8 rows of products
     for (int64_t s = 0; s < strips; ++s) cost.push_back(cost.back() + 1.0 + (g.m + 8.0) * (g.k + 1.0));
-  const int64_t runs = std::min(threads, tasks);
-  auto first = [&](int64_t t) {
-    const double share = cost.back() * static_cast<double>(t) / static_cast<double>(runs);
-    return t == runs ? tasks : std::lower_bound(cost.begin(), cost.end(), share) - cost.begin();
-  };
-  parallel_for(0, runs, 1, [&](int64_t begin, int64_t end) {
+  for_runs(cost, [&](int64_t first, int64_t last) {
     const std::unique_ptr<Acc[]> scratch(new Acc[gemm_scratch(width)]);
-    for (int64_t task = first(begin); task < first(end); ++task) {
+    for (int64_t task = first; task < last; ++task) {
       const int64_t j = task % strips * width;
       run(task / strips, j, std::min(width, n - j), scratch.get());
     }
   });
 }
-
-template <class Acc>
-void zero(Acc* out, int64_t rows, int64_t columns, int64_t stride) {
-  for (int64_t i = 0; i < rows; ++i) std::fill_n(out + i * stride, columns, Acc(0));
-}
-
-struct Ends {  // offsets, checked: nobody checks them where the caller was traced
-  std::vector<int64_t> at{0};
-  Ends(const Tensor& offsets, int64_t rows) {
-    const Tensor dense = torch::stable::contiguous(torch::stable::to(offsets, ScalarType::Long));
-    const int64_t* ends = dense.const_data_ptr<int64_t>();
-    for (int64_t e = 0; e < offsets.numel(); ++e) {
-      STD_TORCH_CHECK(at.back() <= ends[e] && ends[e] <= rows,
-                      "offsets: expected ends that don't decrease within [0, ", rows, "], got ",
-                      ends[e], " after ", at.back());
-      at.push_back(ends[e]);
-    }
-  }
-  int64_t rows(int64_t e) const { return at[e + 1] - at[e]; }
-};
 
 template <class T, class Acc>
 void forward(const Tensor& x, const Tensor& weight, const Ends& ends, Tensor& out) {

@@ -7,7 +7,14 @@ __getattr__, __dir__, __all__ = attach(
     {
         "collectives": ["Traffic", "exchange_rows", "sparse_all_gather", "sparse_reduce_scatter"],
         "dense_to_sparse": ["ActivationDenseToSparseGate", "DenseToSparseGate"],
-        "dispatch": ["Dispatch", "apply_capacity", "permute_tokens", "unpermute_tokens"],
+        "dispatch": [
+            "Dispatch",
+            "Slots",
+            "apply_capacity",
+            "permute_tokens",
+            "sort_slots",
+            "unpermute_tokens",
+        ],
         "em": ["fit_em"],
         "expert_choice": ["ExpertChoiceGate"],
         "expert_parallel": ["EPExperts"],

@@ -23,15 +23,31 @@ from torchzoo.ops.calling import values_readable
 DROP_POLICIES = ("position", "probs")
 
 
-class Dispatch(NamedTuple):
-    """Tokens sorted by expert.
+class Slots(NamedTuple):
+    """The slots in use, sorted by expert.
 
-    `N` rows: the number of slots in use, or, while a graph is traced (`torch.compile`,
-    `torch.export`, `torch.vmap`), always `T k`, so that shapes don't depend on the data; the
-    surplus rows are then past the last end and have weight 0.
+    `N` of them, or, while a graph is traced (`torch.compile`, `torch.export`, `torch.vmap`), always
+    `T k`, so that shapes don't depend on the data; the surplus slots are then past the last end and
+    have weight 0.
 
     Attributes:
-        xs: `(N, d)`, the token of each row.
+        offs: `(E,)` int32, where each expert's slots end.
+        src: `(N,)` int64, token of each slot.
+        weights: `(N,)`, combine weight of each slot; differentiable.
+        routing: The routing with the slots that capacity dropped taken out.
+    """
+
+    offs: Tensor
+    src: Tensor
+    weights: Tensor
+    routing: Routing
+
+
+class Dispatch(NamedTuple):
+    """Tokens sorted by expert: what `Slots` holds, after the tokens themselves.
+
+    Attributes:
+        xs: `(N, d)`, the token of each slot.
         offs: `(E,)` int32, where each expert's rows end.
         src: `(N,)` int64, index of the token of each row.
         weights: `(N,)`, combine weight of each row; differentiable.
@@ -136,10 +152,36 @@ def permute_tokens(
         >>> dispatch.xs.shape, int(dispatch.offs[-1])
         (torch.Size([20, 4]), 20)
     """
-    _check(routing, num_experts, capacity, drop_policy)
-    tokens, k = routing.mask.shape
+    tokens = routing.mask.shape[0]
     if x.ndim != 2 or x.shape[0] != tokens:
         raise ValueError(f"x: expected ({tokens}, d), as in routing, got {tuple(x.shape)}")
+    slots = sort_slots(routing, num_experts, capacity=capacity, drop_policy=drop_policy)
+    return Dispatch(x[slots.src], *slots)
+
+
+def sort_slots(
+    routing: Routing,
+    num_experts: int,
+    *,
+    capacity: int | None = None,
+    drop_policy: str = "position",
+) -> Slots:
+    """Sort the slots in use by expert: `permute_tokens` without the tokens.
+
+    Args:
+        routing: What a gate returned.
+        num_experts: Number of experts `E`.
+        capacity: How many slots an expert takes; None drops nothing.
+        drop_policy: See `apply_capacity`.
+
+    Returns:
+        The `Slots`; within an expert, in the order of the tokens.
+
+    Raises:
+        ValueError: A `num_experts` that is not the routing's, a negative capacity, or an unknown
+            policy.
+    """
+    _check(routing, num_experts, capacity, drop_policy)
     if capacity is not None:
         routing = apply_capacity(routing, num_experts, capacity, drop_policy=drop_policy)
     experts = _expert_or_last(routing, num_experts)
@@ -148,9 +190,8 @@ def permute_tokens(
     offs = torch.searchsorted(experts[order], groups, right=True, out_int32=True)
     if values_readable(offs):
         order = order[: int(offs[-1])]
-    src = order // k
     weights = torch.where(routing.mask, routing.weights, 0).flatten()[order]
-    return Dispatch(x[src], offs, src, weights, routing)
+    return Slots(offs, order // routing.mask.shape[1], weights, routing)
 
 
 def unpermute_tokens(ys: Tensor, src: Tensor, weights: Tensor, num_tokens: int) -> Tensor:

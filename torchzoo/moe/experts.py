@@ -15,8 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from torchzoo.hub import ZooModel
+from torchzoo.moe.dispatch import unpermute_tokens
 from torchzoo.moe.routing import check_count
-from torchzoo.ops import grouped_mm
+from torchzoo.ops import grouped_ffn, grouped_mm
+from torchzoo.ops.grouped_ffn import ACTIVATIONS as FUSED
 from torchzoo.registry import Example, register
 
 
@@ -119,10 +121,31 @@ class GroupedExperts(ZooModel):
             if bias is not None:
                 nn.init.uniform_(bias, -(fan_in**-0.5), fan_in**-0.5)
 
-    def forward(self, x: Tensor, offsets: Tensor) -> Tensor:
-        """Apply to each row its expert."""
+    def forward(
+        self,
+        x: Tensor,
+        offsets: Tensor,
+        *,
+        src: Tensor | None = None,
+        weights: Tensor | None = None,
+    ) -> Tensor:
+        """Apply to each row its expert.
+
+        With `src` and `weights`, both `(N,)`, `x` are the tokens `(T, dim)` and row `n` of the
+        sorted rows is token `src[n]`; returned is, for each token, the sum of the outputs of its
+        rows, weighted.
+        """
         if x.ndim != 2 or x.shape[1] != self.dim:
             raise ValueError(f"x: expected (N, {self.dim}), got {tuple(x.shape)}")
+        if src is None or weights is None:
+            return self._rows(x, offsets)
+        if x.is_cpu and self.b_in is None and self.activation in FUSED:
+            return grouped_ffn(
+                x, self.w_in, self.w_out, offsets, src, weights, activation=self.activation
+            )
+        return unpermute_tokens(self._rows(x[src], offsets), src, weights, x.shape[0])
+
+    def _rows(self, x: Tensor, offsets: Tensor) -> Tensor:
         hidden = self._linear(x, self.w_in, self.b_in, offsets)
         return self._linear(_ACTIVATIONS[self.activation](hidden), self.w_out, self.b_out, offsets)
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from torchzoo.hub import ZooModel
 from torchzoo.moe.dense_to_sparse import ActivationDenseToSparseGate
-from torchzoo.moe.dispatch import DROP_POLICIES, permute_tokens, unpermute_tokens
+from torchzoo.moe.dispatch import DROP_POLICIES, sort_slots, unpermute_tokens
 from torchzoo.moe.experts import GroupedExperts
 from torchzoo.moe.routing import Routing, check_positive
 from torchzoo.registry import Example, register
@@ -64,14 +64,14 @@ def moe_layer(
     capacity = None
     if capacity_factor is not None:
         capacity = math.ceil(capacity_factor * tokens * k / num_experts)
-    xs, offs, src, weights, routing = permute_tokens(
-        x.reshape(tokens, x.shape[-1]),
-        routing,
-        num_experts,
-        capacity=capacity,
-        drop_policy=drop_policy,
+    offs, src, weights, routing = sort_slots(
+        routing, num_experts, capacity=capacity, drop_policy=drop_policy
     )
-    y = unpermute_tokens(experts(xs, offs), src, weights, tokens)
+    rows = x.reshape(tokens, x.shape[-1])
+    if isinstance(experts, GroupedExperts):  # they can do without a copy of each slot's token
+        y = experts(rows, offs, src=src, weights=weights)
+    else:
+        y = unpermute_tokens(experts(rows[src], offs), src, weights, tokens)
     return y.reshape(*x.shape[:-1], y.shape[-1]), routing
 
 

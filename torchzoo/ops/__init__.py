@@ -7,6 +7,7 @@ from torchzoo.ops import library
 from torchzoo.ops.crrelu import crrelu
 from torchzoo.ops.delta_conv2d import delta_conv2d, delta_conv2d_step
 from torchzoo.ops.delta_linear import delta_linear, delta_linear_step, delta_scan
+from torchzoo.ops.grouped_ffn import grouped_ffn
 from torchzoo.ops.grouped_mm import grouped_mm
 from torchzoo.ops.hyrelu import hyrelu
 from torchzoo.ops.knn import knn
@@ -30,6 +31,7 @@ __all__ = [
     "delta_linear",
     "delta_linear_step",
     "delta_scan",
+    "grouped_ffn",
     "grouped_mm",
     "hyrelu",
     "knn",

@@ -25,14 +25,18 @@ def below_autograd(*tensors: Tensor | None) -> AbstractContextManager[Any]:
 
 
 def loop_over_batch(op: Any) -> Any:
-    """A vmap rule that calls an operator of one result once for each element of the batch."""
+    """A vmap rule that calls an operator once for each element of the batch."""
 
-    def rule(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Tensor, int]:
+    def rule(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
         columns = [
             arg.unbind(dim) if isinstance(dim, int) else [arg] * info.batch_size
             for arg, dim in zip(args, in_dims, strict=True)
         ]
-        return torch.stack([op(*row) for row in zip(*columns, strict=True)]), 0
+        results = [op(*row) for row in zip(*columns, strict=True)]
+        if isinstance(results[0], Tensor):
+            return torch.stack(results), 0
+        stacked = tuple(torch.stack(parts) for parts in zip(*results, strict=True))
+        return stacked, (0,) * len(stacked)
 
     return rule
 

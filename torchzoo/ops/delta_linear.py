@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from torchzoo.ops.calling import below_autograd, refuse_forward_mode
+from torchzoo.ops.calling import below_autograd, loop_over_batch, refuse_forward_mode
 
 
 def delta_linear_step(
@@ -340,10 +340,4 @@ def _(
             for tensor, dim in zip(tensors[:3], in_dims, strict=False)
         )
         return _step(*streams, *tensors[3:], threshold), (0, 0)
-    columns = (
-        [tensor] * size if dim is None else tensor.unbind(dim)
-        for tensor, dim in zip(tensors, in_dims, strict=False)
-    )
-    results = [_step(*row, threshold) for row in zip(*columns, strict=True)]
-    new_acc, new_ref = (torch.stack(column) for column in zip(*results, strict=True))
-    return (new_acc, new_ref), (0, 0)
+    return loop_over_batch(_step)(info, in_dims, *args)

@@ -84,12 +84,15 @@ def _check(x: Tensor, weight: Tensor, offsets: Tensor) -> None:
             f"x, weight, offsets: expected one device, got {x.device}, {weight.device} "
             f"and {offsets.device}"
         )
+    _check_ends(offsets, x.shape[0])
+
+
+def _check_ends(offsets: Tensor, rows: int) -> None:
     if offsets.is_cpu and values_readable(offsets):
-        ends = [0, *offsets.tolist(), x.shape[0]]
+        ends = [0, *offsets.tolist(), rows]
         if ends != sorted(ends):
             raise ValueError(
-                f"offsets: expected ends that don't decrease within [0, {x.shape[0]}], "
-                f"got {ends[1:-1]}"
+                f"offsets: expected ends that don't decrease within [0, {rows}], got {ends[1:-1]}"
             )
 
 
