@@ -56,12 +56,12 @@ struct Rows {  // of C, where they were computed
 };
 
 template <class I, class T, class O>
-void inner(const Problem<I, O>& problem, int64_t b_entries, const T* x, const T* y, Rows<I, T>& c) {
+void inner(const Problem<I, O>& problem, int64_t a_entries, int64_t b_entries, const T* x, const T* y, Rows<I, T>& c) {
   const Factors<I>& f = problem.f;
   const int64_t k = problem.inner;
   c.each.resize(f.rows);
-  const Sorted<I, T> at(k, f.a_entries, each_entry(f.a, f.rows, f.a_col, x));
-  const Sorted<I, T> a(f.rows, f.a_entries, at.each());
+  const Sorted<I, T> at(k, a_entries, each_entry(f.a, f.rows, f.a_col, x));
+  const Sorted<I, T> a(f.rows, a_entries, at.each());
   const Sorted<I, T> b(f.columns, b_entries, each_entry(f.b, k, f.b_col, y));  // columns of B
   share_out(problem.work, [&](const auto& next) {
     int64_t begin, end;
@@ -103,7 +103,7 @@ void esc(const Problem<I, O>& problem, const T* x, const T* y, Rows<I, T>& c) {
     while (next(begin, end)) {
       Entry<I, T>* out = c.all.get() + start[begin];
       for (I p = f.a_begin(begin); p < (begin < end ? f.a_end(end - 1) : f.a_begin(begin)); ++p) {
-        const RowOf<I>& row = f.met[p];
+        const RowOf<I>& row = f.b[f.a_col[p]];
         for (I q = row.start; q < row.start + row.length; ++q) *out++ = {f.b_col[q], x[p] * y[q]};
       }
     }
@@ -140,7 +140,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> spgemm_dataflow(Pattern pattern, cons
       c.first.resize(problem.f.rows), c.count.resize(problem.f.rows);
       const T *xs = x.const_data_ptr<T>(), *ys = y.const_data_ptr<T>();
       if (method == "esc") esc(problem, xs, ys, c);
-      else inner(problem, pattern[3].numel(), xs, ys, c);
+      else inner(problem, pattern[1].numel(), pattern[3].numel(), xs, ys, c);
       *bytes.mutable_data_ptr<int64_t>() = c.bytes;
       O* start = crow.mutable_data_ptr<O>();
       start[0] = 0;

@@ -41,7 +41,7 @@ Tensor spgemm_grad_a(Pattern pattern, const Tensor& b, const Tensor& grad, int64
     share_out(problem.work, [&](const auto& next) {
       with_places(problem, start, list, next, [&](int64_t i, const auto& find) {
         for (I p = f.a_begin(i); p < f.a_end(i); ++p) {
-          const RowOf<I>& row = f.met[p];
+          const RowOf<I>& row = f.b[f.a_col[p]];
           T sum = 0;
           for (I q = row.start; q < row.start + row.length; ++q)
             if (const int64_t t = find(f.b_col[q]); t >= 0) sum += ys[q] * gs[start[i] + t];
@@ -63,7 +63,7 @@ Tensor spgemm_grad_b(Pattern pattern, const Tensor& a, const Tensor& grad, int64
     T* db = out.mutable_data_ptr<T>();
     const Factors<I>& f = problem.f;
     std::vector<int64_t> work(pattern[2].numel(), 0);
-    for (int64_t p = 0; p < pattern[1].numel(); ++p) work[f.a_col[p] + 1] += f.met[p].length;
+    for (int64_t p = 0; p < pattern[1].numel(); ++p) work[f.a_col[p] + 1] += f.b[f.a_col[p]].length;
     for (size_t k = 0; k + 1 < work.size(); ++k) work[k + 1] += work[k];
     const int64_t threads = std::max<int64_t>(1, std::min<int64_t>(torch::stable::get_num_threads(), work.back() >> 16));
     auto owner = [&](int64_t t) -> int64_t {  // the first row of B of thread t
@@ -77,7 +77,7 @@ Tensor spgemm_grad_b(Pattern pattern, const Tensor& a, const Tensor& grad, int64
       with_places(problem, start, list, all, [&](int64_t i, const auto& find) {
         for (I p = f.a_begin(i); p < f.a_end(i); ++p) {
           if (f.a_col[p] < low || f.a_col[p] >= high) continue;
-          const RowOf<I>& row = f.met[p];
+          const RowOf<I>& row = f.b[f.a_col[p]];
           for (I q = row.start; q < row.start + row.length; ++q)
             if (const int64_t t = find(f.b_col[q]); t >= 0) db[q] += xs[p] * gs[start[i] + t];
         }
@@ -104,7 +104,7 @@ std::tuple<Tensor, Tensor> spgemm_select(Pattern pattern, const Tensor& a, const
       with_places(problem, start, list, next, [&](int64_t i, const auto& find) {
         met.assign(start[i + 1] - start[i], 0);
         for (I p = f.a_begin(i); p < f.a_end(i); ++p) {
-          const RowOf<I>& row = f.met[p];
+          const RowOf<I>& row = f.b[f.a_col[p]];
           for (I q = row.start; q < row.start + row.length; ++q) {
             const int64_t t = find(f.b_col[q]);
             if (t < 0) continue;

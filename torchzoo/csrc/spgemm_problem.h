@@ -65,7 +65,6 @@ struct Side {  // A or B: checked columns of type I, copied where the tensor's a
 template <class I, class O>
 struct Problem {
   std::unique_ptr<Side<I, O>> a, b;
-  Array<RowOf<I>> met;
   Factors<I> f;
   int64_t inner;
   std::vector<int64_t> work;  // running sum over rows of A of the terms and what else a row costs
@@ -78,15 +77,11 @@ struct Problem {
                         pattern[0].data_ptr() == pattern[2].data_ptr() && rows == inner;
     if (!square) b = std::make_unique<Side<I, O>>("b", pattern[2], pattern[3], columns);
     const Side<I, O>& right = square ? *a : *b;
-    met = Array<RowOf<I>>(pattern[1].numel());
-    f = {a->rows.get(), a->col, pattern[1].numel(), right.rows.get(), right.col, met.get(), rows, columns};
+    f = {a->rows.get(), a->col, right.rows.get(), right.col, rows, columns, nullptr, 0, 0};
     parallel_for(0, rows, 1 << 13, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         int64_t terms = extra(i);
-        for (I p = f.a_begin(i); p < f.a_end(i); ++p) {
-          met.get()[p] = f.b[f.a_col[p]];
-          terms += met.get()[p].length;
-        }
+        for (I p = f.a_begin(i); p < f.a_end(i); ++p) terms += f.b[f.a_col[p]].length;
         work[i + 1] = terms;
       }
     });
@@ -96,18 +91,29 @@ struct Problem {
   int64_t terms(int64_t i) const { return work[i + 1] - work[i] - extra(i); }
 };
 
+// How many threads work that is given as a running sum is worth.
+inline int64_t threads_for(const std::vector<int64_t>& work) {
+  return std::max<int64_t>(1, std::min<int64_t>(torch::stable::get_num_threads(), work.back() >> 16));
+}
+
+constexpr int64_t TOKEN = 1 << 17;  // work of a run of rows: what these need at once stays in the cache
+
+// The row where a share of the work is done.
+inline int64_t row_at(const std::vector<int64_t>& work, int64_t share) {
+  return std::lower_bound(work.begin(), work.end() - 1, share) - work.begin();
+}
+
 // Runs `body(next)` on each thread; `next(begin, end)` hands out the next run of rows, of about equal
 // work, until there are none.
 template <class Body>
 void share_out(const std::vector<int64_t>& work, const Body& body) {
   const int64_t rows = work.size() - 1;
   if (!rows) return;
-  const int64_t threads = std::max<int64_t>(1, std::min<int64_t>(torch::stable::get_num_threads(), work.back() >> 16));
-  const int64_t tokens = threads == 1 ? 1 : 16 * threads;
+  const int64_t threads = threads_for(work);
+  const int64_t tokens = std::max(threads == 1 ? 1 : 16 * threads, work.back() / TOKEN);
   auto first = [&](int64_t token) -> int64_t {
     if (token == tokens) return rows;
-    const int64_t share = static_cast<int64_t>(static_cast<double>(work.back()) / tokens * token);
-    return std::min<int64_t>(rows, std::lower_bound(work.begin(), work.end(), share) - work.begin());
+    return row_at(work, static_cast<int64_t>(static_cast<double>(work.back()) / tokens * token));
   };
   std::atomic<int64_t> taken{0};
   auto next = [&](int64_t& begin, int64_t& end) {

@@ -33,13 +33,27 @@ template <class I>
 struct Factors {  // the patterns of A (rows, k) and B (k, columns)
   const RowOf<I>* a;
   const I* a_col;
-  int64_t a_entries;
   const RowOf<I>* b;
   const I* b_col;
-  const RowOf<I>* met;  // the row of B that each entry of A meets: read in order, unlike b
   int64_t rows, columns;
+  const RowOf<I>* meeting;  // the rows of B that A's entries first ... last meet: read in order, unlike b
+  I first, last;
+  const RowOf<I>& met(I p) const { return meeting[p - first]; }
   I a_begin(int64_t i) const { return a[i].start; }
   I a_end(int64_t i) const { return a[i].start + a[i].length; }
+};
+
+template <class I>
+struct Meeting {  // makes Factors for runs of rows, which are used before the next are made
+  std::vector<RowOf<I>> rows;
+  Factors<I> of(Factors<I> f, int64_t begin, int64_t end) {
+    if (begin == end) return f;
+    f.first = f.a_begin(begin), f.last = f.a_end(end - 1) - 1;
+    rows.resize(std::max<size_t>(rows.size(), f.last - f.first + 1));
+    for (I p = f.first; p <= f.last; ++p) rows[p - f.first] = f.b[f.a_col[p]];
+    f.meeting = rows.data();
+    return f;
+  }
 };
 
 // sum + x y, rounded once where the instruction set of `bytes` can. Said outright: left to the compiler,
@@ -83,14 +97,14 @@ struct Packed {
 // Asks for what is needed a few terms later, as rows of B are read in no order.
 template <class I, class T>
 TZ_INLINE void prefetch(const Factors<I>& f, I p, const Packed<I, T>& y) {
-  const char* row = y.at(f.met[std::min<I>(p + 6, f.a_entries - 1)]);
+  const char* row = y.at(f.met(std::min<I>(p + 6, f.last)));
   __builtin_prefetch(row);
   __builtin_prefetch(row + 64);
 }
 
 template <class I, class T>
 TZ_INLINE void prefetch(const Factors<I>& f, I p, const T* y) {
-  const I q = f.met[std::min<I>(p + 6, f.a_entries - 1)].start;
+  const I q = f.met(std::min<I>(p + 6, f.last)).start;
   __builtin_prefetch(f.b_col + q);
   __builtin_prefetch(f.b_col + q + 15);
   if (y) {
@@ -166,7 +180,7 @@ TZ_INLINE Span span_of(const Factors<I>& f, int64_t i) {
   int64_t low = std::numeric_limits<int64_t>::max(), high = 0, terms = 0;
   bool solid = true;
   for (I p = f.a_begin(i); p < f.a_end(i); ++p) {
-    const RowOf<I>& row = f.met[p];
+    const RowOf<I>& row = f.met(p);
     solid &= row.length && row.run() && (!terms || (row.low <= high + 1 && row.high >= low - 1));
     terms += row.length;
     low = std::min<int64_t>(low, row.low);
@@ -196,7 +210,7 @@ TZ_INLINE void go_through_row(const Factors<I>& f, int64_t i, const T* x, const 
   for (I p = f.a_begin(i); p < f.a_end(i); ++p) {
     if constexpr (summed) prefetch(f, p, *y);
     else prefetch<I, T>(f, p, nullptr);
-    const RowOf<I>& b = f.met[p];
+    const RowOf<I>& b = f.met(p);
     const typename Packed<I, T>::Column* __restrict col = summed ? y->columns(b) : f.b_col + b.start;
     const typename Packed<I, T>::Value* __restrict value = summed ? y->values(b) : nullptr;
     if (marks != Marks::words && b.length && b.run()) {
@@ -228,7 +242,7 @@ TZ_INLINE int64_t count_row(const Factors<I>& f, int64_t i, Row<I, T>& row) {
   }
   for (I p = f.a_begin(i); p < f.a_end(i); ++p) {
     prefetch<I, T>(f, p, nullptr);
-    const RowOf<I>& b = f.met[p];
+    const RowOf<I>& b = f.met(p);
     for (I q = b.start; q < b.start + b.length; ++q) {
       uint64_t& word = met[f.b_col[q] >> 6];
       n += ~(word >> (f.b_col[q] & 63)) & 1;
@@ -236,7 +250,7 @@ TZ_INLINE int64_t count_row(const Factors<I>& f, int64_t i, Row<I, T>& row) {
     }
   }
   for (I p = f.a_begin(i); p < f.a_end(i); ++p) {
-    const RowOf<I>& b = f.met[p];
+    const RowOf<I>& b = f.met(p);
     for (I q = b.start; q < b.start + b.length; ++q) met[f.b_col[q] >> 6] = 0;
   }
   return n;

@@ -63,7 +63,7 @@ int64_t count_by_table(const Factors<I>& f, int64_t i, int64_t terms, Table<I, T
   int64_t n = 0;
   for (I p = f.a_begin(i); p < f.a_end(i); ++p) {
     prefetch<I, T>(f, p, nullptr);
-    const RowOf<I>& row = f.met[p];
+    const RowOf<I>& row = f.met(p);
     for (I q = row.start; q < row.start + row.length; ++q) {
       I& key = table.find(f.b_col[q]).key;
       n += key == I(-1);
@@ -81,7 +81,7 @@ TZ_INLINE void merge_by_table(const Factors<I>& f, int64_t i, int64_t count, con
   int64_t n = 0;
   for (I p = f.a_begin(i); p < f.a_end(i); ++p) {
     prefetch(f, p, summed ? y : nullptr);
-    const RowOf<I>& row = f.met[p];
+    const RowOf<I>& row = f.met(p);
     for (I q = row.start; q < row.start + row.length; ++q) {
       auto& slot = table.find(f.b_col[q]);
       if (slot.key == I(-1)) slot.key = list[n++] = f.b_col[q];
