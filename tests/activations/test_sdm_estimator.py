@@ -285,7 +285,7 @@ def test_saving(calibrated, tmp_path, monkeypatch):
     twin.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
     saved = SDMCalibrator.from_pretrained(calibrator.save_pretrained(tmp_path / "model"))
     network = SDMNetwork(nn.Identity(), calibrator)
-    for other in (twin.predict(e), saved(e), network.verify(e), network(e)):
+    for other in (twin.predict(e), saved.predict(e), network.verify(e), network(e)):
         assert all(map(torch.equal, other, expected))
     chosen = network.select(e)
     assert torch.equal(chosen >= 0, expected.accept)

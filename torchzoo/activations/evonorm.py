@@ -94,10 +94,6 @@ class _EvoNorm(ZooModel):
     def forward(self, x: Tensor) -> Tensor:
         """Normalise and activate.
 
-        Shape:
-            - x, output: `(N, C, *spatial)` with one to three spatial axes, in any memory format;
-              `(N, *spatial, C)` with `channels_last=True`.
-
         Returns:
             The output in the dtype and memory format of `x`; statistics are in float32 at least.
 
@@ -259,6 +255,10 @@ class EvoNormB0(_BatchEvoNorm):
         device: Where the tensors are.
         dtype: Their dtype.
 
+    Shape:
+        - x, output: `(N, C, *spatial)` with one to three spatial axes, in any memory format;
+          `(N, *spatial, C)` with `channels_last=True`
+
     Source:
         Liu, Brock, Simonyan and Le, "Evolving Normalization-Activation Layers", 2020.
 
@@ -290,6 +290,10 @@ class EvoNormB1(_BatchEvoNorm):
         device: Where the tensors are.
         dtype: Their dtype.
 
+    Shape:
+        - x, output: `(N, C, *spatial)` with one to three spatial axes, in any memory format;
+          `(N, *spatial, C)` with `channels_last=True`
+
     Source:
         Liu, Brock, Simonyan and Le, "Evolving Normalization-Activation Layers", 2020.
 
@@ -316,6 +320,10 @@ class EvoNormB2(_BatchEvoNorm):
         channels_last: Whether channels are the last axis of the shape.
         device: Where the tensors are.
         dtype: Their dtype.
+
+    Shape:
+        - x, output: `(N, C, *spatial)` with one to three spatial axes, in any memory format;
+          `(N, *spatial, C)` with `channels_last=True`
 
     Source:
         Liu, Brock, Simonyan and Le, "Evolving Normalization-Activation Layers", 2020.
@@ -345,6 +353,10 @@ class EvoNormS0(_SampleEvoNorm):
         channels_last: Whether channels are the last axis of the shape.
         device: Where the tensors are.
         dtype: Their dtype.
+
+    Shape:
+        - x, output: `(N, C, *spatial)` with one to three spatial axes, in any memory format;
+          `(N, *spatial, C)` with `channels_last=True`
 
     Source:
         Liu, Brock, Simonyan and Le, "Evolving Normalization-Activation Layers", 2020.
@@ -376,6 +388,10 @@ class EvoNormS1(_SampleEvoNorm):
         device: Where the tensors are.
         dtype: Their dtype.
 
+    Shape:
+        - x, output: `(N, C, *spatial)` with one to three spatial axes, in any memory format;
+          `(N, *spatial, C)` with `channels_last=True`
+
     Source:
         Liu, Brock, Simonyan and Le, "Evolving Normalization-Activation Layers", 2020.
 
@@ -398,6 +414,10 @@ class EvoNormS2(_SampleEvoNorm):
         channels_last: Whether channels are the last axis of the shape.
         device: Where the tensors are.
         dtype: Their dtype.
+
+    Shape:
+        - x, output: `(N, C, *spatial)` with one to three spatial axes, in any memory format;
+          `(N, *spatial, C)` with `channels_last=True`
 
     Source:
         Liu, Brock, Simonyan and Le, "Evolving Normalization-Activation Layers", 2020.

@@ -298,9 +298,6 @@ class SDMCalibrator(ZooModel):
         sign = torch.ones_like(v).scatter(1, label.unsqueeze(-1), -1.0)
         return (v + sign * band).clamp(0, 1)
 
-    def forward(self, e: Tensor) -> SDMPrediction:
-        return self.predict(e)
-
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         """Make room for as many calibration points as come."""
         room_for(self, state_dict, prefix, ("outputs", "bins"))
@@ -321,7 +318,7 @@ def _num_bins(head: SDMHead) -> int:
     return int(math.log(2 + head.q_max)) + 1
 
 
-class SDMNetwork(ZooModel):
+class SDMNetwork(nn.Module):
     """A frozen encoder with a fitted calibrator behind it: verified answers on raw inputs.
 
     Args:
