@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -31,14 +32,19 @@ SMALL = Config(
 )
 
 
-def run(folder, **options):
-    return train(SMALL, "PMoE all", 60, folder, checkpoint_every=20, **options)
+SMALL_PPO = replace(SMALL, learner="ppo", horizon=25)  # so that episodes end within a rollout
 
 
+def run(folder, config=SMALL, **options):
+    arm = "PMoE all" if config.learner == "sac" else "PMoE"
+    return train(config, arm, 60, folder, checkpoint_every=20, **options)
+
+
+@pytest.mark.parametrize("config", [SMALL, SMALL_PPO], ids=["sac", "ppo"])
 @pytest.mark.parametrize("stop", [10, 53, 79])
-def test_resumed_run_is_the_uninterrupted_one(tmp_path, monkeypatch, stop):
+def test_resumed_run_is_the_uninterrupted_one(tmp_path, monkeypatch, stop, config):
     """Stopped in the first episode, in a later one, or while evaluating."""
-    curve = run(tmp_path / "whole")
+    curve = run(tmp_path / "whole", config)
     assert [point["step"] for point in curve] == [20, 40, 60]
     step, count = Task.step, iter(range(10_000))
 
@@ -49,14 +55,15 @@ def test_resumed_run_is_the_uninterrupted_one(tmp_path, monkeypatch, stop):
 
     monkeypatch.setattr(Task, "step", stopping)
     with pytest.raises(KeyboardInterrupt):
-        run(tmp_path / "parts")
+        run(tmp_path / "parts", config)
     monkeypatch.setattr(Task, "step", step)
     torch.rand(7)  # another process would have another generator
-    assert run(tmp_path / "parts", resume=True) == curve
+    assert run(tmp_path / "parts", config, resume=True) == curve
     whole, parts = (
         load_file(tmp_path / name / "checkpoint.safetensors") for name in ("whole", "parts")
     )
     assert whole.keys() == parts.keys()
+    assert any(name.startswith("optimizer.") for name in whole), "it has learned"
     assert all(torch.equal(parts[name], value) for name, value in whole.items())
 
 
@@ -81,6 +88,8 @@ def test_checkpoint_of_another_run_is_refused(tmp_path):
         train(Config(**{**vars(SMALL), "seed": 1}), "PMoE all", 60, tmp_path, resume=True)
     with pytest.raises(TorchzooError, match="another run"):
         train(SMALL, "PMoE max", 60, tmp_path, resume=True)
+    with pytest.raises(TorchzooError, match=r"value\.trunk\.0\.weight: got nothing"):
+        run(tmp_path, replace(SMALL, learner="ppo"), resume=True)
 
 
 def test_task_scales_actions_and_ends_with_the_time():
@@ -96,6 +105,10 @@ def test_task_scales_actions_and_ends_with_the_time():
         assert reward == exact[1]
         assert not terminal
         assert over == (t == 199)
+    task.reset(5)
+    outside = task.step(torch.tensor([7.0]))
+    task.reset(5)
+    assert torch.equal(outside[0], task.step(torch.tensor([1.0]))[0])
 
 
 @pytest.mark.parametrize(
@@ -122,18 +135,21 @@ def app():
     return single
 
 
-def test_script(tmp_path):
-    env = ["--env", "ShortPendulum-v0"]
+@pytest.mark.parametrize("learner", ["sac", "ppo"])
+def test_script(tmp_path, learner):
+    env = ["--env", "ShortPendulum-v0", "--learner", learner]
     options = [*env, "--steps", "1000", "--hidden", "8", "--out", str(tmp_path)]
     result = CliRunner().invoke(app(), options)
     assert result.exit_code == 0, result.output
     record = json.loads((tmp_path / "policy_control.json").read_text())
-    assert record["curves"].keys() == unit.ARMS.keys()
-    assert [len(curve) for curve in record["curves"].values()] == [1] * 4
+    arms = unit.LEARNERS[learner]
+    assert record["curves"].keys() == record["arms"].keys() == arms.keys()
+    assert [len(curve) for curve in record["curves"].values()] == [1] * len(arms)
     assert {"torch", "torchzoo", "gymnasium"} <= record["versions"].keys()
     assert (tmp_path / "policy_control.png").stat().st_size > 10_000
-    policy = torchzoo.from_pretrained(tmp_path / "PMoE-max" / "policy")
-    assert policy.num_experts == 4
+    first = next(iter(arms)).replace(" ", "-")
+    policy = torchzoo.from_pretrained(tmp_path / first / "policy")
+    assert (policy.num_experts, policy.squash) == (4, learner == "sac")
     again = CliRunner().invoke(app(), [*options, "--resume"])
     assert again.exit_code == 0
     assert json.loads((tmp_path / "policy_control.json").read_text())["curves"] == record["curves"]
@@ -144,6 +160,10 @@ def test_script_says_what_went_wrong(tmp_path, monkeypatch):
     result = CliRunner().invoke(app(), [*options, "--env", "Nothing-v0"])
     assert result.exit_code == 2
     assert "error: can't make" in result.output
+
+    result = CliRunner().invoke(app(), [*options, "--learner", "a2c"])
+    assert result.exit_code == 2
+    assert "expected sac or ppo, got 'a2c'" in result.output
 
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt

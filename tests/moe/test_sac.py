@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from torchzoo.errors import WeightsError
-from torchzoo.moe import SAC, PMoEPolicy, ReplayBuffer, pmoe_sac_loss, sac
+from torchzoo.moe import SAC, PMoEPolicy, ReplayBuffer, pmoe_sac_loss
+from torchzoo.moe import learner as learner_module
 
 
 def learner(seed=0, rows=40, **options):
@@ -130,7 +131,7 @@ def test_failed_save_leaves_the_old_checkpoint(tmp_path, monkeypatch):
         path.write_bytes(b"half")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(sac, "save_file", interrupted)
+    monkeypatch.setattr(learner_module, "save_file", interrupted)
     with pytest.raises(KeyboardInterrupt):
         made.save(tmp_path / "c", {"n": 2})
     assert [path.name for path in tmp_path.iterdir()] == ["c"]

@@ -5,7 +5,7 @@ from torchzoo._lazy import attach
 __getattr__, __dir__, __all__ = attach(
     __name__,
     {
-        "collectives": ["Traffic", "exchange_rows", "sparse_all_gather", "sparse_reduce_scatter"],
+        "collectives": ["exchange_rows", "sparse_all_gather", "sparse_reduce_scatter"],
         "dense_to_sparse": ["ActivationDenseToSparseGate", "DenseToSparseGate"],
         "dispatch": [
             "Dispatch",
@@ -28,7 +28,7 @@ __getattr__, __dir__, __all__ = attach(
         "growth_regressor": ["GrowthMoERegressor"],
         "layer": ["MoELayer", "moe_layer"],
         "losses": ["importance_loss", "load_balance_loss", "router_entropy", "z_loss"],
-        "parallel": ["FSSDPExperts", "parallelize_moe", "reshard"],
+        "parallel": ["FSSDPExperts", "parallelize_moe", "prefetch_in_order"],
         "placement": [
             "ExpertPlacement",
             "heterogeneous_shard",
@@ -37,6 +37,8 @@ __getattr__, __dir__, __all__ = attach(
         ],
         "policy": ["PMoEActor", "PMoEPolicy"],
         "policy_losses": ["pmoe_frequency_loss", "pmoe_ppo_loss", "pmoe_sac_loss"],
+        "ppo": ["PPO", "Rollout", "generalized_advantage", "mixture_entropy"],
+        "resharding": ["reshard"],
         "routing": ["Gate", "Routing"],
         "simulate": ["calibrate", "overlap_degree", "simulate_step"],
         "sac": ["SAC", "ReplayBuffer"],
@@ -49,6 +51,7 @@ __getattr__, __dir__, __all__ = attach(
             "topk_regions",
         ],
         "sem_forest": ["sem_forest_importance"],
+        "transfer": ["Traffic"],
         "voronoi": ["gate_dependence", "voronoi_cells", "voronoi_loss"],
     },
 )

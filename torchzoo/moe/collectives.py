@@ -12,10 +12,7 @@ second. Everything is sent point to point, which gloo and NCCL have; with one ra
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -23,42 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from torchzoo.moe.placement import ExpertPlacement
-
-Group = dist.ProcessGroup
-
-
-@dataclass
-class Traffic:
-    """Bytes that a rank handed to other ranks and took from them, by collective.
-
-    Attributes:
-        sent: Bytes sent, by name of the collective.
-        received: Bytes received, by name of the collective.
-        calls: Calls, by name of the collective.
-    """
-
-    sent: Counter[str] = field(default_factory=Counter)
-    received: Counter[str] = field(default_factory=Counter)
-    calls: Counter[str] = field(default_factory=Counter)
-
-
-@contextmanager
-def lost_ranks_reported(what: str) -> Iterator[None]:
-    """Say in words what an error of the communication library means."""
-    try:
-        yield
-    except (RuntimeError, dist.DistBackendError) as error:
-        raise RuntimeError(
-            f"{what}: rank {dist.get_rank()} can't reach the others, one of which has probably "
-            f"ended or hangs; start the job again from its last checkpoint ({error})"
-        ) from error
-
-
-def group_rank(group: Group | None) -> tuple[int, int]:
-    """This process's rank in a group and the group's size; None is the default group, if any."""
-    if group is None and not dist.is_initialized():
-        return 0, 1
-    return dist.get_rank(group), dist.get_world_size(group)
+from torchzoo.moe.transfer import Group, Traffic, Transfer, group_rank, lost_ranks_reported
 
 
 def sparse_all_gather(
@@ -159,19 +121,41 @@ def _check(
     return rank if size > 1 else None
 
 
+def start_all_gather(
+    local: Tensor,
+    placement: ExpertPlacement,
+    group: Group | None = None,
+    *,
+    traffic: Traffic | None = None,
+) -> Transfer:
+    """Begin what `sparse_all_gather` does, outside autograd; on more ranks than one."""
+    _check("local", local, placement, group, owned=True)
+    rank, _ = group_rank(group)
+    held, owned = placement.held(rank), set(placement.owned(rank))
+    rows = local.new_empty(len(held), *local.shape[1:])
+    rows[[row for row, expert in enumerate(held) if expert in owned]] = local.detach()
+    return Transfer("sparse_all_gather", rows, placement, group, traffic, upward=False)
+
+
+def start_reduce_scatter(
+    local: Tensor,
+    placement: ExpertPlacement,
+    group: Group | None = None,
+    *,
+    traffic: Traffic | None = None,
+) -> Transfer:
+    """Begin what `sparse_reduce_scatter` does, outside autograd; on more ranks than one."""
+    _check("local", local, placement, group, owned=False)
+    rows = local.detach().clone(memory_format=torch.contiguous_format)
+    return Transfer("sparse_reduce_scatter", rows, placement, group, traffic, upward=True)
+
+
 class _AllGather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, local: Tensor, placement: ExpertPlacement, *more: Any) -> Tensor:
         ctx.options = placement, *more
         group, traffic = more
-        rank, _ = group_rank(group)
-        index = {expert: row for row, expert in enumerate(placement.held(rank))}
-        rows = local.new_empty(len(index), *local.shape[1:])
-        rows[[index[expert] for expert in placement.owned(rank)]] = local
-        for transfers in placement.rounds:
-            _exchange("sparse_all_gather", rows, index, transfers, rank, group, traffic, add=False)
-        _count(traffic, "sparse_all_gather", calls=1)
-        return rows
+        return start_all_gather(local, placement, group, traffic=traffic).wait()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
@@ -184,62 +168,12 @@ class _ReduceScatter(torch.autograd.Function):
     def forward(ctx: Any, local: Tensor, placement: ExpertPlacement, *more: Any) -> Tensor:
         ctx.options = placement, *more
         group, traffic = more
-        rank, _ = group_rank(group)
-        index = {expert: row for row, expert in enumerate(placement.held(rank))}
-        rows = local.clone(memory_format=torch.contiguous_format)
-        for transfers in reversed(placement.rounds):
-            upward = [(expert, target, source) for expert, source, target in transfers]
-            _exchange("sparse_reduce_scatter", rows, index, upward, rank, group, traffic, add=True)
-        _count(traffic, "sparse_reduce_scatter", calls=1)
-        return rows[[index[expert] for expert in placement.owned(rank)]]
+        return start_reduce_scatter(local, placement, group, traffic=traffic).wait()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         placement, group, traffic = ctx.options
         return sparse_all_gather(grads[0], placement, group, traffic=traffic), None, None, None
-
-
-def _exchange(
-    what: str,
-    rows: Tensor,
-    index: dict[int, int],
-    transfers: list[tuple[int, int, int]],
-    rank: int,
-    group: Group | None,
-    traffic: Traffic | None,
-    *,
-    add: bool,
-) -> None:
-    """Do the transfers of a round: one message for each pair of ranks, its rows by expert."""
-    outgoing, incoming = defaultdict(list), defaultdict(list)
-    for expert, source, target in transfers:
-        if source == rank:
-            outgoing[target].append(index[expert])
-        elif target == rank:
-            incoming[source].append(index[expert])
-    messages = {peer: rows[picked] for peer, picked in outgoing.items()}
-    buffers = {peer: rows.new_empty(len(at), *rows.shape[1:]) for peer, at in incoming.items()}
-    operations = [
-        dist.P2POp(kind, tensor, group=group, group_peer=peer)
-        for kind, tensors in ((dist.isend, messages), (dist.irecv, buffers))
-        for peer, tensor in tensors.items()
-    ]
-    with lost_ranks_reported(what):
-        for work in dist.batch_isend_irecv(operations) if operations else []:
-            work.wait()
-    _count(traffic, what, sent=messages.values(), received=buffers.values())
-    for peer in sorted(buffers):
-        at = torch.tensor(incoming[peer], device=rows.device)
-        _ = rows.index_add_(0, at, buffers[peer]) if add else rows.index_copy_(0, at, buffers[peer])
-
-
-def _count(
-    traffic: Traffic | None, what: str, sent: Any = (), received: Any = (), calls: int = 0
-) -> None:
-    if traffic is not None:
-        traffic.sent[what] += sum(tensor.nbytes for tensor in sent)
-        traffic.received[what] += sum(tensor.nbytes for tensor in received)
-        traffic.calls[what] += calls
 
 
 def exchange_rows(
@@ -296,7 +230,8 @@ class _ExchangeRows(torch.autograd.Function):
             dist.all_to_all_single(out, x, receive, send, group=group)
         sent, received = ([*y.split(n)] for y, n in ((x, send), (out, receive)))
         del sent[rank], received[rank]
-        _count(traffic, "exchange_rows", sent=sent, received=received, calls=1)
+        if traffic is not None:
+            traffic.add("exchange_rows", sent, received, calls=1)
         return out
 
     @staticmethod

@@ -100,10 +100,14 @@ class ShardedExperts(ZooModel):
             weight.register_hook(lambda grad: grad / self.size)
         return weight
 
-    def forward(self, x: Tensor, offsets: Tensor) -> Tensor:
-        """Apply to each row its expert, wherever that is."""
+    def check_offsets(self, offsets: Tensor) -> None:
+        """Raise a ValueError unless there is an end for each expert."""
         if offsets.shape != (self.num_experts,):
             raise ValueError(f"offsets: expected ({self.num_experts},), got {tuple(offsets.shape)}")
+
+    def forward(self, x: Tensor, offsets: Tensor) -> Tensor:
+        """Apply to each row its expert, wherever that is."""
+        self.check_offsets(offsets)
         if self.size == 1:
             return self.compute(x, offsets, None)
         counts = gather_counts(offsets.long().diff(prepend=offsets.new_zeros(1).long()), self.group)

@@ -4,30 +4,26 @@ An expert's parameters, gradient and optimizer state live on one rank, its owner
 the experts with the highest loads of the last iterations are copied to other ranks by a sparse
 all-gather, freed after use, gathered again in backward, and their gradients are added up at the
 owner by the adjoint, a sparse reduce-scatter. Whatever is copied where, the result is that of one
-process which has all tokens and experts.
+process which has all tokens and experts. With `prefetch` all three go on beside computation.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
 from torch.distributed.device_mesh import DeviceMesh
 
 from torchzoo.moe.collectives import sparse_all_gather
 from torchzoo.moe.expert_parallel import EPExperts, ShardedExperts
 from torchzoo.moe.experts import GroupedExperts
 from torchzoo.moe.layer import MoELayer
-from torchzoo.moe.placement import (
-    ExpertPlacement,
-    heterogeneous_shard,
-    one_owner,
-    sparse_materialize,
-)
+from torchzoo.moe.placement import ExpertPlacement, one_owner, sparse_materialize
+from torchzoo.moe.prefetch import Copies, freed
+from torchzoo.moe.resharding import reshard
 from torchzoo.moe.routing import check_count
 from torchzoo.moe.simulate import calibrate as calibrated
 from torchzoo.registry import Example, register
@@ -60,6 +56,9 @@ class FSSDPExperts(ShardedExperts):
         reshard_every: After how many calls of `step` owners are chosen anew; None for never.
         rematerialize: Whether copies are freed after forward and gathered again for backward.
             Under activation checkpointing set it to False, as that does the same already.
+        prefetch: Whether copies are under way before they are needed, and gradients while others
+            are computed, see `prefetch_in_order`; not together with `calibrate`, nor where
+            activation checkpointing runs forward again.
         calibrate: Whether more copies may be made once an iteration's loads are known, if
             `simulate_step` predicts that this pays off; a mapping replaces some of its constants.
         average_gradients: Whether the gradients of the experts, which are sums over the tokens of
@@ -85,7 +84,7 @@ class FSSDPExperts(ShardedExperts):
 
     Source:
         Qing et al., "Hecate: Unlocking Efficient Sparse Model Training via Fully Sharded Sparse
-        Data Parallelism", 2025, sections 3 and 4. Gathers are not started ahead of the layer.
+        Data Parallelism", 2025, sections 3 and 4.
 
     Example:
         >>> experts = FSSDPExperts(GroupedExperts(8, 16, 2))
@@ -108,6 +107,7 @@ class FSSDPExperts(ShardedExperts):
         window: int = 5,
         reshard_every: int | None = None,
         rematerialize: bool = True,
+        prefetch: bool = False,
         calibrate: bool | Mapping[str, float] = False,
         average_gradients: bool = False,
         node_size: int | None = None,
@@ -117,12 +117,21 @@ class FSSDPExperts(ShardedExperts):
         check_count("window", window)
         if reshard_every is not None:
             check_count("reshard_every", reshard_every)
+        if prefetch and calibrate is not False:
+            raise ValueError(
+                f"prefetch: expected False with calibrate={calibrate!r}, whose copies are chosen "
+                "by this iteration's loads, got True"
+            )
         super().__init__(experts, mesh, average_gradients, node_size)
         self.overlap_degree = overlap_degree
         self.memory_capacity = memory_capacity
         self.reshard_every = reshard_every
         self.rematerialize = rematerialize
+        self.prefetch = prefetch
         self.calibrate = calibrate
+        # in a tuple, as neighbours are no submodules
+        self._following: tuple[FSSDPExperts, ...] = ()
+        self._ahead: Copies | None = None
         self.names = [name for name, _ in experts.named_parameters()]
         device = next(experts.parameters()).device
         history = torch.zeros(window, self.num_experts, dtype=torch.int64, device=device)
@@ -163,23 +172,36 @@ class FSSDPExperts(ShardedExperts):
         empty = torch.empty(0, *like.shape[1:], dtype=like.dtype, device=self.load_history.device)
         return empty.requires_grad_(like.requires_grad)  # its backward takes part in collectives
 
-    def holders(self, counts: Tensor) -> ExpertPlacement:
+    def planned(self) -> ExpertPlacement:
         """Owners, and copies of the experts with the highest loads in past iterations."""
         load = self.load_history.sum(0).cpu()
-        options: dict[str, Any] = {
-            "overlap_degree": self.overlap_degree,
-            "memory_capacity": self.memory_capacity,
-        }
         held = one_owner(self.owner, self.size)
         if bool(load.any()):
             held = sparse_materialize(
-                self.owner, load, node_size=self.node_size, num_devices=self.size, **options
+                self.owner,
+                load,
+                node_size=self.node_size,
+                num_devices=self.size,
+                **self._capacities,
             )
-        placement = ExpertPlacement(self.owner, held, node_size=self.node_size)
+        return ExpertPlacement(self.owner, held, node_size=self.node_size)
+
+    @property
+    def _capacities(self) -> dict[str, Any]:
+        return {
+            "overlap_degree": self.overlap_degree,
+            "memory_capacity": self.memory_capacity,
+        }
+
+    def holders(self, counts: Tensor) -> ExpertPlacement:
+        """The placement of this iteration, which was chosen before where copies are prefetched."""
+        self._counts = counts.sum(0)
+        if self._ahead is not None:
+            return self._ahead.placement
+        placement = self.planned()
         if self.calibrate is not False:
             constants = {} if self.calibrate is True else self.calibrate
-            placement = calibrated(counts, placement, constants=constants, **options)
-        self._counts = counts.sum(0)
+            placement = calibrated(counts, placement, constants=constants, **self._capacities)
         return placement
 
     def remember(self, load: Tensor) -> None:
@@ -187,21 +209,52 @@ class FSSDPExperts(ShardedExperts):
         latest = load.to(self.load_history)[None]
         self.load_history.copy_(torch.cat([self.load_history[1:], latest]))
 
+    def forward(self, x: Tensor, offsets: Tensor) -> Tensor:
+        """Apply to each row its expert, wherever that is."""
+        self.check_offsets(offsets)
+        if not self.prefetch or self.size == 1:
+            return super().forward(x, offsets)
+        if self._ahead is None or self._ahead.preceding is None:  # the latter is left from an error
+            self._begin(None)
+        copies = self._ahead
+        assert copies is not None
+        for layer in self._following:
+            layer._begin(copies)
+        y = super().forward(x, offsets)
+        if y.requires_grad:
+            y.register_hook(lambda grad: copies.enter_backward())
+        return y
+
+    def _begin(self, preceding: Copies | None) -> None:
+        """Start to gather the copies of the next forward."""
+        if self._ahead is not None:
+            self._ahead.drop()
+        self._ahead = Copies(self, preceding)
+
     def compute(self, x: Tensor, offsets: Tensor, placement: ExpertPlacement | None) -> Tensor:
         """Apply the experts that this rank holds, copying them here first."""
         if placement is None:
             return self.apply_experts({n: self.stacked(n) for n in self.names}, x, offsets)
-        local = {name: self.shared(self.stacked(name)) for name in self.names}
+        copies, self._ahead = self._ahead, None
+        if copies is None:
+            local = {name: self.shared(self.stacked(name)) for name in self.names}
+            weights = {name: self._gather(row, placement) for name, row in local.items()}
+        else:
+            local, weights = copies.local, copies.take()
         self._remember_after_backward(local.values())
-        weights = {name: self._gather(row, placement) for name, row in local.items()}
+        for layer in self._following if copies else ():
+            assert layer._ahead is not None
+            layer._ahead.advance()
         if not self.rematerialize:
             return self.apply_experts(weights, x, offsets)
 
         def again(name: str) -> Tensor:
+            if copies is not None and name in copies.again:
+                return copies.again.pop(name).wait()
             with torch.no_grad():
                 return self._gather(self.stacked(name), placement)
 
-        with _freed(weights, again):
+        with freed(weights, again, {} if copies is None else copies.needed):
             return self.apply_experts(weights, x, offsets)
 
     def _gather(self, local: Tensor, placement: ExpertPlacement) -> Tensor:
@@ -262,138 +315,29 @@ class FSSDPExperts(ShardedExperts):
         )
 
 
-def _freed(weights: Mapping[str, Tensor], again: Callable[[str], Tensor]) -> saved_tensors_hooks:
-    """A context in which autograd saves, of views of weights, only how to make them again."""
-    names = {weight.untyped_storage()._cdata: name for name, weight in weights.items()}
+def prefetch_in_order(layers: Sequence[FSSDPExperts]) -> None:
+    """Let each layer gather the copies of the next one, in the order in which forward calls them.
 
-    def pack(tensor: Tensor) -> Any:
-        name = names.get(tensor.untyped_storage()._cdata)
-        if name is None:
-            return tensor
-        return name, tensor.shape, tensor.stride(), tensor.storage_offset()
-
-    def unpack(saved: Any) -> Tensor:
-        return saved if isinstance(saved, Tensor) else again(saved[0]).as_strided(*saved[1:])
-
-    return saved_tensors_hooks(pack, unpack)
-
-
-def reshard(
-    layers: Sequence[FSSDPExperts],
-    optimizer: torch.optim.Optimizer,
-    owners: Tensor | None = None,
-) -> None:
-    """Give experts new owners and move their parameters and optimizer states; a collective.
-
-    Call it between iterations: gradients of experts that move are dropped.
+    The next layer's copies are under way while a layer and what follows it computes. In backward
+    those of the layer before are gathered again meanwhile, and the gradients of the layer after
+    are added up at their owners. So copies of two layers live at once. Results are the same, bit
+    for bit, as without.
 
     Args:
-        layers: Layers with the same number of experts, on the same ranks.
-        optimizer: The optimizer of their parameters.
-        owners: The new owners; by default `heterogeneous_shard` of the past loads of all layers.
-
-    Shape:
-        - owners: `(L, E)`
+        layers: Layers made with `prefetch=True`.
 
     Raises:
-        ValueError: Owners that don't fit, layers that differ, an optimizer that doesn't have the
-            experts' parameters or has a state that is no tensor.
-        RuntimeError: Another rank ended.
+        ValueError: A layer without `prefetch`, or one that comes twice.
 
     Source:
-        Qing et al., "Hecate", 2025, section 4.
+        Qing et al., "Hecate", 2025, section 3.
     """
-    kinds = {(layer.num_experts, layer.size, layer.node_size) for layer in layers}
-    if len(kinds) != 1:
-        raise ValueError(f"layers: expected equal (experts, ranks, node size), got {sorted(kinds)}")
-    if owners is None:
-        owners = heterogeneous_shard(
-            torch.stack([layer.load_history.sum(0) for layer in layers]),
-            overlap_degree=layers[0].overlap_degree,
-            num_devices=layers[0].size,
-            node_size=layers[0].node_size,
-        )
-    if owners.shape != (len(layers), layers[0].num_experts):
-        raise ValueError(
-            f"owners: expected {(len(layers), layers[0].num_experts)}, got {tuple(owners.shape)}"
-        )
-    for layer, owner in zip(layers, owners, strict=True):
-        held = one_owner(owner, layer.size) | one_owner(layer.owner, layer.size)
-        way = ExpertPlacement(layer.owner, held, node_size=layer.node_size)
-        for name in layer.names if layer.size > 1 else ():
-            _move(layer, name, owner, way, optimizer)
-        layer.owner = owner.clone()
-
-
-@torch.no_grad()
-def _move(
-    layer: FSSDPExperts,
-    name: str,
-    owner: Tensor,
-    way: ExpertPlacement,
-    optimizer: torch.optim.Optimizer,
-) -> None:
-    """Move the parameters of a name, with their optimizer states, to the new owners."""
-    old = {int(expert): weight for expert, weight in layer.weights_of(name).items()}
-    home, kinds = _agree(layer, list(old.values()), optimizer)
-    group = optimizer.param_groups[home]
-
-    def moved(rows: list[Tensor], shape: Sequence[int], dtype: torch.dtype) -> dict[int, Tensor]:
-        device = layer.load_history.device
-        local = torch.empty(len(rows), *shape, dtype=dtype, device=device)
-        for into, row in zip(local, rows, strict=True):
-            into.copy_(row)
-        there = sparse_all_gather(local, way, layer.group, traffic=layer.traffic)
-        return dict(zip(way.held(layer.rank), there, strict=True))
-
-    like = layer.template.get_parameter(name)
-    weights = moved(list(old.values()), like.shape[1:], like.dtype)
-    states = {
-        key: (device, moved([optimizer.state[w][key] for w in old.values()], shape, dtype))
-        for key, (shape, dtype, device) in kinds.items()
-    }
-    rows: dict[int, Tensor] = {}
-    for expert in (owner == layer.rank).nonzero().flatten().tolist():
-        if expert in old:
-            rows[expert] = old.pop(expert)
-            continue
-        new = nn.Parameter(weights[expert].clone(), like.requires_grad)
-        rows[expert] = new
-        group["params"].append(new)
-        for key, (device, values) in states.items():
-            optimizer.state[new][key] = values[expert].clone().to(device)
-    for weight in old.values():
-        optimizer.state.pop(weight, None)
-    gone = {id(weight) for weight in old.values()}
-    group["params"][:] = [weight for weight in group["params"] if id(weight) not in gone]
-    layer.set_rows(name, rows)
-
-
-Kinds = dict[str, tuple[tuple[int, ...], torch.dtype, str]]
-
-
-def _agree(
-    layer: FSSDPExperts, weights: list[Tensor], optimizer: torch.optim.Optimizer
-) -> tuple[int, Kinds]:
-    """The parameter group and the kinds of state of these weights; a rank may have none itself."""
-    mine: tuple[int | None, Kinds] = (None, {})
-    if weights:
-        home = [
-            index
-            for index, group in enumerate(optimizer.param_groups)
-            if any(weight is weights[0] for weight in group["params"])
-        ]
-        state = optimizer.state.get(weights[0], {})
-        if wrong := [key for key, value in state.items() if not isinstance(value, Tensor)]:
-            raise ValueError(f"optimizer: expected states that are tensors, got {wrong}")
-        kinds = {k: (tuple(v.shape), v.dtype, v.device.type) for k, v in state.items()}
-        mine = (home[0] if home else None, kinds)
-    found: list[Any] = [None] * layer.size
-    dist.all_gather_object(found, mine, group=layer.group)
-    for home_index, kinds in found:
-        if home_index is not None:
-            return home_index, kinds
-    raise ValueError("optimizer: expected one of the experts' parameters, got none of them")
+    if wrong := [index for index, layer in enumerate(layers) if not layer.prefetch]:
+        raise ValueError(f"layers: expected prefetch=True of all, got False of {wrong}")
+    if len({id(layer) for layer in layers}) < len(layers):
+        raise ValueError("layers: expected each layer once, got one more often")
+    for layer, following in zip(layers, [*layers[1:], None], strict=True):
+        layer._following = () if following is None else (following,)
 
 
 def parallelize_moe(

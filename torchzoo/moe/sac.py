@@ -14,19 +14,13 @@ no environment: it is given transitions and asked for actions.
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Callable, Mapping, Sequence
-from itertools import pairwise
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from torchzoo.errors import WeightsError
-from torchzoo.files import atomic_path
+from torchzoo.moe.learner import Critic, Learner
 from torchzoo.moe.policy import PMoEPolicy
 from torchzoo.moe.policy_losses import pmoe_sac_loss
 from torchzoo.moe.routing import check_count, check_positive
@@ -96,29 +90,18 @@ class ReplayBuffer:
         rows = torch.randint(len(self), (batch_size,)).to(self.data.s.device)
         return Transitions(*(column[rows] for column in self.data))
 
+    def fits(self, rows: int, added: int) -> bool:
+        """Whether this many rows are what such a buffer keeps of all that were added."""
+        return rows == min(added, self.capacity)
 
-class Critic(nn.Module):
-    """Value of a state and an action, `(..., obs)` and `(..., A)` to `(...)`, by a ReLU network."""
-
-    def __init__(
-        self, obs_dim: int, action_dim: int, hidden: Sequence[int], **factory: Any
-    ) -> None:
-        super().__init__()
-        widths = (obs_dim + action_dim, *hidden)
-        self.trunk = nn.Sequential(
-            *(
-                layer
-                for pair in pairwise(widths)
-                for layer in (nn.Linear(*pair, **factory), nn.ReLU())
-            )
-        )
-        self.value = nn.Linear(widths[-1], 1, **factory)
-
-    def forward(self, s: Tensor, a: Tensor) -> Tensor:
-        return self.value(self.trunk(torch.cat([s, a], -1))).squeeze(-1)
+    def restore(self, rows: Mapping[str, Tensor], added: int) -> None:
+        """Hold these rows instead, by column."""
+        for name, column in self.data._asdict().items():
+            column[: len(rows[name])] = rows[name]
+        self.added = added
 
 
-class SAC:
+class SAC(Learner):
     """Soft actor-critic with two critics and a learned temperature.
 
     On the CPU a learner that was saved and loaded goes on bit for bit as if it had never stopped:
@@ -145,6 +128,8 @@ class SAC:
         >>> sorted(learner.update())
         ['alpha', 'critic', 'frequency', 'policy']
     """
+
+    buffer: ReplayBuffer
 
     def __init__(
         self,
@@ -210,89 +195,8 @@ class SAC:
         loss.backward(inputs=parameters)
         self.optimizers[name].step()
 
-    def save(self, path: str | Path, notes: Mapping[str, Any] | None = None) -> None:
-        """Write a checkpoint, one safetensors file, whole or not at all.
-
-        Args:
-            path: The file.
-            notes: Anything in JSON that `load` is to give back.
-        """
-        state = json.dumps({"added": self.buffer.added, "notes": dict(notes or {})})
-        tensors = {name: value.contiguous() for name, value in self._tensors().items()}
-        with atomic_path(path) as part:
-            save_file(tensors, part, metadata={"state": state})
-
-    def load(self, path: str | Path) -> dict[str, Any]:
-        """Go on from a checkpoint; torch's global generator is set too.
-
-        Returns:
-            The notes that were saved.
-
-        Raises:
-            WeightsError: The file can't be read, or is from a learner of other sizes. Nothing has
-                been changed then.
-        """
-        try:
-            with safe_open(path, "pt") as file:
-                state = json.loads(file.metadata()["state"])
-                loaded = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-            raise WeightsError(f"can't read the checkpoint {path}: {error}") from error
-        self._check(path, loaded, state["added"])
-        self._restore(loaded, state["added"])
-        return state["notes"]
-
     def _modules(self) -> dict[str, nn.Module]:
         return {"policy": self.policy, "critics": self.critics, "targets": self.targets}
 
-    def _tensors(self) -> dict[str, Tensor]:
-        """All that decides how training goes on, by name."""
-        found = {
-            f"{part}.{name}": value
-            for part, module in self._modules().items()
-            for name, value in module.state_dict().items()
-        }
-        found |= {
-            f"optimizer.{part}.{index}.{name}": value
-            for part, optimizer in self.optimizers.items()
-            for index, entry in optimizer.state_dict()["state"].items()
-            for name, value in entry.items()
-        }
-        columns = self.buffer.data._asdict().items()
-        found |= {f"replay.{name}": value[: len(self.buffer)] for name, value in columns}
-        return found | {"log_alpha": self.log_alpha.detach(), "rng": torch.get_rng_state()}
-
-    def _check(self, path: str | Path, loaded: Mapping[str, Tensor], added: int) -> None:
-        rows = min(added, self.buffer.capacity)
-        for name, value in self._tensors().items():
-            if name.startswith("optimizer."):
-                continue  # a fresh optimiser has no state yet
-            shape = (rows, *value.shape[1:]) if name.startswith("replay.") else value.shape
-            got = tuple(loaded[name].shape) if name in loaded else "nothing"
-            if got != tuple(shape):
-                raise WeightsError(f"{path}: {name}: got {got}, expected {tuple(shape)}")
-
-    def _restore(self, loaded: Mapping[str, Tensor], added: int) -> None:
-        for part, module in self._modules().items():
-            module.load_state_dict(_under(loaded, part))
-        for part, optimizer in self.optimizers.items():
-            entries: dict[int, dict[str, Tensor]] = {}
-            for name, value in _under(loaded, f"optimizer.{part}").items():
-                index, _, key = name.partition(".")
-                entries.setdefault(int(index), {})[key] = value
-            groups = optimizer.state_dict()["param_groups"]
-            optimizer.load_state_dict({"state": entries, "param_groups": groups})
-        for name, column in self.buffer.data._asdict().items():
-            column[: len(loaded[f"replay.{name}"])] = loaded[f"replay.{name}"]
-        self.buffer.added = added
-        self.log_alpha.data.copy_(loaded["log_alpha"])
-        torch.set_rng_state(loaded["rng"])
-
-
-def _under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """The tensors whose names begin with a prefix and a dot, without them."""
-    return {
-        name.removeprefix(f"{prefix}."): value
-        for name, value in tensors.items()
-        if name.startswith(f"{prefix}.")
-    }
+    def _more(self) -> dict[str, Tensor]:
+        return {"log_alpha": self.log_alpha.detach()}
