@@ -32,7 +32,8 @@ napoleon_custom_sections = [("Shape", "returns_style"), ("Source", "notes_style"
 exclude_patterns = ["_build"]
 html_theme = "furo"
 html_title = "torchzoo"
-suppress_warnings = ["myst.header"]
+# A name in backticks that several classes have as an attribute is no link.
+suppress_warnings = ["myst.header", "ref.python"]
 
 
 def setup(app):

@@ -14,9 +14,12 @@ import torch
 from torch import Tensor
 
 from torchzoo.ops import (
+    crrelu,
     delta_conv2d_step,
     delta_linear_step,
+    grouped_ffn,
     grouped_mm,
+    hyrelu,
     library,
     sparse_ffn,
     spgemm,
@@ -48,8 +51,13 @@ def results() -> list[Tensor]:
     product = spgemm(
         *((t * p).to_sparse_csr() for t, p in zip((left, right), pattern, strict=True))
     )
-    found = [y, *steps, *pixels, ffn, product.to_dense()]
+    rows, w_in, w_out, scale = normal(9, 19), normal(3, 19, 46), normal(3, 23, 19), normal(17)
+    src = torch.arange(17) % 9
+    experts = grouped_ffn(rows, w_in, w_out, torch.tensor([5, 5, 16]), src, scale)
+    bent = [crrelu(x, torch.tensor([0.3])), hyrelu(x, torch.tensor([1.5]))]
+    found = [y, *steps, *pixels, ffn, experts, *bent, product.to_dense()]
     inputs = [x, weight, frame, acc, weight_t, image, sums, kernels, token, up, down, gate]
+    inputs += [rows, w_in, w_out, scale]
     total = sum((t.square().sum() for t in found[:-1]), found[0].new_zeros(()))
     return [*found, *torch.autograd.grad(total, inputs)]
 

@@ -6,6 +6,22 @@ __getattr__, __dir__, __all__ = attach(
     __name__,
     {
         "activation_meter": ["ActivationMeter", "ActivityReport", "activation_ratio"],
+        "channel_gate": [
+            "FTWTConv2d",
+            "GateRecord",
+            "MaskPredictor",
+            "heatmap_mass_mask",
+            "uniform_mask",
+        ],
+        "channel_gate_tools": [
+            "FlopCount",
+            "estimate_flops",
+            "ftwt_convert",
+            "ftwt_loss",
+            "ftwt_recording",
+            "measured_flops",
+            "open_gates",
+        ],
         "delta": [
             "DeltaActivation",
             "DeltaConv2d",
@@ -17,6 +33,7 @@ __getattr__, __dir__, __all__ = attach(
         "emergence": ["EmergenceCurve", "EmergenceParams"],
         "emergence_predictor": ["Architecture", "EmergencePredictor", "architecture_features"],
         "ffn": ["SparseFFN"],
+        "graph": ["hop_distances", "triangles"],
         "hosts": ["find_blocks", "find_ffns"],
         "lazy": [
             "TopKActivation",
@@ -29,6 +46,7 @@ __getattr__, __dir__, __all__ = attach(
         "massive": ["MassiveActivationMeter", "MassiveReport", "intervene", "massive_mask"],
         "meters": ["DeltaMeter"],
         "law": ["SparsingLaw"],
+        "multigrid": ["Multigrid", "galerkin_product", "smoothed_aggregation"],
         "prosparse": [
             "ActivationL1",
             "FATReLU",
@@ -38,7 +56,7 @@ __getattr__, __dir__, __all__ = attach(
             "prosparse_convert",
         ],
         "sdr": [
-            "Threshold",
+            "ThresholdChoice",
             "capacity",
             "optimal_threshold",
             "repeated_error",
@@ -53,6 +71,7 @@ __getattr__, __dir__, __all__ = attach(
         "streaming": ["StreamingModel", "fold_to_streaming"],
         "tail_error": ["cett", "cett_curve", "cett_thresholds", "importance"],
         "truncation": ["SparsityReport", "cett_ppl", "ppl_sparsity", "uniform_ppl"],
+        "video": ["VideoNet", "to_video_layers"],
         ".ops": ["SpGEMMPlan", "spgemm", "spgemm_batched", "spgemm_plan", "spgemm_stats"],
     },
 )

@@ -26,7 +26,8 @@ from torch import Tensor, nn
 from torchzoo.hub import ZooModel
 from torchzoo.ops.delta_linear import state_dtype
 from torchzoo.registry import Example, register
-from torchzoo.sparsity.delta_layers import DeltaConv2d, DeltaLinear, check_positive
+from torchzoo.sparsity.delta_conv import DeltaConv2d
+from torchzoo.sparsity.delta_layers import DeltaLinear, check_positive
 
 __all__ = [
     "ActivationState",
@@ -268,6 +269,8 @@ class DeltaActivation(_PenalisedActivation):
         q = self.threshold.to(a.dtype).abs().clamp_min(_SMALLEST_STEP)
         ratio = (a / q).detach()
         r = ratio.round()
+        if not torch.is_grad_enabled():
+            return q * r
         slope = -r if self.step_grad == "paper" else r - ratio
         surrogate = a + slope * q
         return (q * r).detach() + (surrogate - surrogate.detach())

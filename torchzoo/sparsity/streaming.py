@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torchzoo.hub import ZooModel
 from torchzoo.registry import Example, register
 from torchzoo.sparsity.delta import DeltaActivation, L1Activation
-from torchzoo.sparsity.delta_layers import DeltaConv2d, DeltaLinear
+from torchzoo.sparsity.delta_conv import DeltaConv2d
+from torchzoo.sparsity.delta_layers import DeltaLinear
 
 FRAMEWISE = (
     L1Activation,
