@@ -13,25 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from torchzoo.sparsity.ffn import SparseFFN
-from torchzoo.sparsity.layouts import is_mlp, linear_weight
+from torchzoo.sparsity.layouts import ACTIVATIONS, PROJECTIONS, is_mlp, linear_weight
 from torchzoo.surgery import find
 
-# Names of up-projection, down-projection and gate. Unlike the layouts that a SparseFFN can take the
-# place of, the module may be more than a feed-forward layer and have dropout inside.
-_PROJECTIONS = (
-    ("linear1", "linear2", ""),  # torch.nn.TransformerEncoderLayer
-    ("up_proj", "down_proj", "gate_proj"),  # transformers: Llama, Mistral, Qwen, Gemma
-    ("fc1", "fc2", ""),  # timm: Mlp; transformers: CLIP, OPT, ViT
-    ("fc1_x", "fc2", "fc1_g"),  # timm: SwiGLU
-    ("c_fc", "c_proj", ""),  # transformers: GPT-2
-    ("wi", "wo", ""),  # transformers: T5
-    ("wi_1", "wo", "wi_0"),  # transformers: T5 v1.1
-    ("w3", "w2", "w1"),  # Llama's own names
-    ("lin1", "lin2", ""),  # transformers: DistilBERT
-    ("dense_h_to_4h", "dense_4h_to_h", ""),  # transformers: GPT-NeoX
-    ("intermediate.dense", "output.dense", ""),  # transformers: BERT
-)
-_ACTIVATIONS = ("act_fn", "act", "activation_fn", "activation", "intermediate.intermediate_act_fn")
+_ACTIVATION_PATHS = (*ACTIVATIONS, "intermediate.intermediate_act_fn")
 _NO_LAYER = (nn.Dropout, nn.Identity)
 
 
@@ -162,10 +147,12 @@ def _ffn(module: nn.Module) -> FFN | None:
     if isinstance(module, nn.Sequential):
         layers = [pair for pair in module.named_children() if not isinstance(pair[1], _NO_LAYER)]
         return FFN(module, layers[2][1], layers[1][0]) if is_mlp(module) else None
-    act = next((path for path in _ACTIVATIONS if callable(_at(module, path))), None)
+    act = next((path for path in _ACTIVATION_PATHS if callable(_at(module, path))), None)
     if act is None:
         return None
-    for names in _PROJECTIONS:
+    # Unlike the layouts that a SparseFFN can take the place of, the module may be more than a
+    # feed-forward layer, and have dropout inside.
+    for names in PROJECTIONS:
         up, down, gate = (_at(module, path) for path in names)
         if _is_linear(up) and _is_linear(down):
             return FFN(module, down, act, _is_linear(gate))

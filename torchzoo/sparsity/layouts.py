@@ -9,17 +9,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-_LAYOUTS = (  # attributes: up, down, gate; a layer with all of the first that fits
+PROJECTIONS = (  # names of up-projection, down-projection and gate; gated layouts first
     ("up_proj", "down_proj", "gate_proj"),  # transformers: Llama, Mistral, Qwen, Gemma
     ("w3", "w2", "w1"),  # Llama's own names
     ("fc1_x", "fc2", "fc1_g"),  # timm: SwiGLU
     ("wi_1", "wo", "wi_0"),  # transformers: T5 v1.1
-    ("up_proj", "down_proj", None),
-    ("fc1", "fc2", None),  # timm: Mlp; transformers: CLIP
-    ("c_fc", "c_proj", None),  # transformers: GPT-2
-    ("wi", "wo", None),  # transformers: T5
+    ("up_proj", "down_proj", ""),
+    ("fc1", "fc2", ""),  # timm: Mlp; transformers: CLIP, OPT, ViT
+    ("c_fc", "c_proj", ""),  # transformers: GPT-2
+    ("wi", "wo", ""),  # transformers: T5
+    ("linear1", "linear2", ""),  # torch.nn.TransformerEncoderLayer
+    ("lin1", "lin2", ""),  # transformers: DistilBERT
+    ("dense_h_to_4h", "dense_4h_to_h", ""),  # transformers: GPT-NeoX
+    ("intermediate.dense", "output.dense", ""),  # transformers: BERT
 )
-_ACTIVATIONS = ("act_fn", "act", "activation_fn", "activation")
+ACTIVATIONS = ("act_fn", "act", "activation_fn", "activation")
 _KNOWN: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
     "silu": F.silu,
@@ -67,7 +71,7 @@ def mlp_parts(module: nn.Module) -> MLPParts:
     """
     parts = _parts(module)
     if parts is None:
-        known = "; ".join(", ".join(name for name in names if name) for names in _LAYOUTS)
+        known = "; ".join(", ".join(name for name in names if name) for names in PROJECTIONS)
         raise ValueError(
             f"module: expected a feed-forward layer with linear layers named {known}, or an "
             f"nn.Sequential of linear, activation, linear, got {type(module).__name__}"
@@ -99,12 +103,12 @@ def _parts(module: nn.Module) -> MLPParts | None:
         if len(layers) != 3 or not (_is_linear(layers[0]) and _is_linear(layers[2])):
             return None
         return MLPParts(layers[0], layers[2], None, _activation_name(layers[1]))
-    for names in _LAYOUTS:
-        found: list[Any] = [None if n is None else getattr(module, n, None) for n in names]
+    for names in PROJECTIONS:
+        found: list[Any] = [getattr(module, name, None) if name else None for name in names]
         up, down, gate = found
-        if not (_is_linear(up) and _is_linear(down) and _is_linear(gate, none=names[2] is None)):
+        if not (_is_linear(up) and _is_linear(down) and _is_linear(gate, none=not names[2])):
             continue
-        act = next((getattr(module, n) for n in _ACTIVATIONS if hasattr(module, n)), None)
+        act = next((getattr(module, n) for n in ACTIVATIONS if hasattr(module, n)), None)
         threshold = getattr(module, "threshold", getattr(act, "threshold", None))
         on: Any = getattr(module, "threshold_on", "act")
         if act is None or (threshold is not None and not isinstance(threshold, Tensor)):
