@@ -16,6 +16,7 @@ CORE = {
     "torchzoo.hub": "Saving, loading, sharing",
     "torchzoo.experiment": "Experiments",
     "torchzoo.trainer": "Trainer",
+    "torchzoo.surgery": "Surgery",
     "torchzoo.testing": "The module contract",
     "torchzoo.ops": "Operators",
 }
