@@ -121,6 +121,8 @@ def test_ctrl_c_exits_130_and_leaves_no_half_file(fake, tmp_path):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        # A shell starts what runs in the background with SIGINT ignored, and that is inherited.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     deadline = time.monotonic() + 120
     while not (out / "coin.partial.json").exists() and time.monotonic() < deadline:
