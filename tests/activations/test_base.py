@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from torchzoo.activations import CRReLU, HybridClippedReLU, replace_activation
+from torchzoo.activations import CRReLU, HybridClippedReLU, base, replace_activation
 
 
 def test_modules_keep_mode_device_and_dtype():
@@ -48,6 +48,28 @@ def test_transformer_layers_compute_with_it_in_training_and_in_the_fast_path(act
         fast = stack.eval()(x)
     torch.testing.assert_close(fast, slow)
     assert (fast - before).abs().max() > 0.1
+
+
+def test_the_fast_path_computes_what_took_the_place_of_relu_and_gelu():
+    torch.manual_seed(0)
+    layers = [
+        nn.TransformerEncoderLayer(8, 2, 16, 0.0, act, batch_first=True)
+        for act in ("gelu", nn.ReLU())
+    ]
+    model = nn.Sequential(*layers).eval()
+    assert replace_activation(model, nn.GELU, nn.ReLU).names == ("0.activation",)
+    assert not layers[0].activation.training
+    assert layers[1].activation_relu_or_gelu == 1, "its activation stayed"
+    x = torch.randn(2, 5, 8)
+    with torch.no_grad():
+        fast = model(x)
+    torch.testing.assert_close(fast, model.train()(x))
+
+
+@pytest.mark.parametrize(("function", "twin"), base._TWINS.items())
+def test_functions_and_their_modules_compute_the_same(function, twin):
+    x = torch.linspace(-8, 8, 65)
+    torch.testing.assert_close(twin()(x), function(x))
 
 
 def test_functions_of_other_kinds_stay():

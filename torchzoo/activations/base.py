@@ -95,8 +95,8 @@ def replace_activation(
             if twin is not None and issubclass(twin, types):
                 setattr(module, name, twin().train(module.training))
     report = replace(model, types, lambda old: factory())
+    new = {model.get_submodule(name) for name in report.names}
     for module in model.modules():
-        if isinstance(module, nn.TransformerEncoderLayer):
-            fused = isinstance(module.activation, (nn.ReLU, nn.GELU))
-            module.activation_relu_or_gelu *= fused
+        if isinstance(module, nn.TransformerEncoderLayer) and module.activation in new:
+            module.activation_relu_or_gelu = 0
     return report
