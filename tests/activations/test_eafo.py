@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from scipy.stats import differential_entropy
 from torch import nn
 from torch.autograd import gradcheck
 from torch.distributions import (
@@ -200,6 +201,14 @@ def test_output_entropy_of_known_distributions():
     assert output_entropy(lambda x: 3 * x, x) == pytest.approx(exact + math.log(3), abs=0.02)
 
 
+@pytest.mark.parametrize("method", ["vasicek", "van es", "ebrahimi", "correa"])
+def test_output_entropy_by_each_estimator(method):
+    x = torch.randn(40, generator=torch.Generator().manual_seed(0), dtype=DOUBLE)
+    leaky = nn.PReLU(init=0.5, dtype=DOUBLE)  # of learned slope
+    expected = differential_entropy(np.where(x > 0, x, 0.5 * x), method=method)
+    assert output_entropy(leaky, x, method=method) == pytest.approx(expected, abs=1e-12)
+
+
 def test_corrected_is_the_first_order_move():
     """f(x) - eps f' eta is f at the inverse's inverse, up to eps^2."""
     x = torch.linspace(-2, 2, 41, dtype=DOUBLE)
@@ -236,6 +245,6 @@ def test_bad_input():
         worst_activation(NORMAL, 1.0, 1.0)
     with pytest.raises(ValueError, match="method: expected one of vasicek"):
         output_entropy(identity, torch.randn(10), method="best")
-    with pytest.raises(ValueError, match="samples: expected at least 4, got 2"):
-        output_entropy(identity, torch.randn(2))
+    with pytest.raises(ValueError, match="samples: expected at least 4, got 3"):
+        output_entropy(identity, torch.randn(3))
     assert np.isneginf(output_entropy(torch.relu, torch.randn(1000)))

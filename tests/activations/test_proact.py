@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import math
 
 import pytest
 import torch
@@ -212,6 +213,28 @@ def test_order_is_that_of_calls():
     assert range_bounds(model, [x], per_neuron=("early",))["early"].tolist() == [3.0, 2.0, 7.0]
 
 
+def test_an_activation_that_is_called_again_is_in_order_of_its_last_call():
+    first, second = nn.ReLU(), nn.ReLU()
+    model = nn.Sequential(first, second, first)
+    assert list(range_bounds(model, [torch.ones(2, 3)])) == ["1", "0"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "module", "shared"),
+    [
+        ("proact", HybridClippedReLU, False),
+        ("fitact", FitAct, False),
+        ("ranger", Ranger, True),
+        ("clipact", ClipAct, True),
+    ],
+)
+def test_what_each_kind_puts_in(kind, module, shared):
+    model = nn.Sequential(nn.ReLU(), nn.ReLU())
+    convert_clipped(model, {"0": torch.tensor(3.0), "1": torch.tensor([1.0, 4.0])}, kind)
+    assert [type(m) for m in model] == [module, module]
+    assert [m.bound.tolist() for m in model] == [3.0, 4.0 if shared else [1.0, 4.0]]
+
+
 @pytest.mark.claim(
     121,
     "Training changes nothing but bounds, bit for bit; visits the last layer first, one at a time; "
@@ -274,6 +297,24 @@ def test_rejected_epochs_are_undone():
     assert torch.equal(last.final, taken[4])
     assert not torch.equal(taken[1], taken[4])
     assert all(torch.equal(layer.final, layer.initial) for layer in report.layers[1:])
+
+
+def test_learning_rates():
+    """0.001 for neurons and 0.01 for layers, over two steps of warm-up and half a cosine."""
+    rates = []
+
+    class Watched(ProActTrainer):
+        def _step(self, bounds, optimizer, x, y):
+            rates.append([group["lr"] for group in optimizer.param_groups])
+            super()._step(bounds, optimizer, x, y)
+
+    net, batches = network(), data()
+    model = proact(net, batches)
+    trainer = Watched(model, net, tolerance=100, decays=(0.0,), epochs=10, progressive=False)
+    trainer.fit(batches, batches)
+    share = [0.5, 1.0] + [(1 + math.cos(math.pi * i / 28)) / 2 for i in range(28)]
+    expected = [[0.001 * s, 0.01 * s, 0.01 * s] for s in share]
+    torch.testing.assert_close(torch.tensor(rates), torch.tensor(expected))
 
 
 @pytest.mark.claim(

@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from torchzoo.activations import SDMHead, sdm_loss, sdm_softmax, train_sdm_head
+from torchzoo.activations import SDMHead, sdm_loss, sdm_softmax, sdm_training, train_sdm_head
 from torchzoo.activations.sdm import SOFTMAX_Q
 from torchzoo.activations.sdm_tables import cdf, class_table
+from torchzoo.activations.sdm_training import view_calibration
 from torchzoo.ops import knn
 
 
@@ -410,3 +411,27 @@ def test_warm_up_and_selection():
         run(select="loss")
     with pytest.raises(ValueError, match="epochs"):
         train_sdm_head(head, train, calibration, epochs=0)
+
+
+def test_of_equal_epochs_the_last_is_kept(monkeypatch):
+    weights = []
+
+    def watched(head, e, y):
+        weights.append(head.classifier.weight.detach().clone())
+        return view_calibration(head, e, y)
+
+    monkeypatch.setattr(sdm_training, "view_calibration", watched)
+    torch.manual_seed(0)
+    head = SDMHead(6, CLASSES, exemplar_dim=5)
+    history = train_sdm_head(
+        head,
+        blobs(60, 0, noise=0.3),
+        blobs(45, 1, noise=0.3),
+        epochs=8,
+        lr=0.02,
+        select="balanced_accuracy",
+    )
+    reached = [epoch.balanced_accuracy for epoch in history]
+    assert reached[-2:] == [max(reached)] * 2
+    assert not torch.equal(weights[-1], weights[-2])
+    assert torch.equal(head.classifier.weight, weights[-1])

@@ -1,5 +1,6 @@
 """The SDM calibrator against a loop over points and a search over all candidates."""
 
+import copy
 import math
 
 import numpy as np
@@ -237,6 +238,54 @@ def test_reference(calibrated, bound):
     assert not found.accept[-5:].any()
     first = np.linalg.norm(h[:, None] - head.support.numpy(), axis=-1).argsort(1)[:, :10]
     np.testing.assert_array_equal(found.neighbours.numpy(), first)
+
+
+@pytest.mark.claim(
+    141, "Each of the four conditions of acceptance can refuse a prediction", tolerance=0
+)
+@pytest.mark.parametrize(
+    ("qt_min", "psi"),
+    [(3.0, 0.5), (0.0, 0.3), (0.0, 0.05)],
+    ids=["a low bin for the region", "outside of all bins", "several classes"],
+)
+def test_conditions_of_acceptance(calibrated, qt_min, psi):
+    fixed, calibration = calibrated
+    calibrator = copy.deepcopy(fixed)
+    calibrator.qt_min.fill_(qt_min)
+    calibrator.psi.fill_(psi)
+    twin = Reference(calibrator.head, calibration, 0.9, calibrator.rescaler.numpy())
+    twin.qt_min, twin.psi = qt_min, [psi] * CLASSES
+    e = torch.cat([points(60, 7)[0], points(60, 8, noise=2.0)[0]])
+    rows = zip(*(t.detach().numpy() for t in calibrator.head(e)), strict=True)
+    expected = [twin.predict(*row, "centroid")[2] for row in rows]
+    assert any(expected)
+    assert calibrator.predict(e, bound="centroid").accept.tolist() == expected
+
+
+def test_the_region_leaves_out_points_whose_rescaled_output_disagrees(calibrated, monkeypatch):
+    fixed, (e, y) = calibrated
+    outputs, regions = [], []
+
+    def moved(v, weight, qt):
+        p = rescale(v, weight, qt)
+        p[::7] = p[::7].roll(1, -1)
+        outputs.append((p, qt))
+        return p
+
+    def watched(p, qt, y, alpha):
+        regions.append((p, qt, y))
+        return find_region(p, qt, y, alpha)
+
+    monkeypatch.setattr(module, "rescale", moved)
+    monkeypatch.setattr(module, "find_region", watched)
+    head = copy.deepcopy(fixed.head)
+    SDMCalibrator(0.9).fit(head, [(e, y)])
+    ((p, qt),) = outputs
+    agree = p.argmax(-1) == head(e).logits.argmax(-1)
+    assert ((qt >= 1) & ~agree).any()
+    inside = (qt >= 1) & agree
+    (found,) = regions
+    assert all(map(torch.equal, found, (p[inside], qt[inside], y[inside])))
 
 
 def test_rescaler():

@@ -16,6 +16,8 @@ from torchzoo.sparsity import (
     ppl_sparsity,
     uniform_ppl,
 )
+from torchzoo.sparsity.ffn import on_hidden
+from torchzoo.sparsity.hosts import find_ffns
 
 
 def model_and_tokens(activation="silu", gated=False, seed=0):
@@ -114,14 +116,48 @@ def test_sequential_measures_layers_behind_pruned_ones():
     assert one_by_one.taus[1].item() == pytest.approx(expected, rel=1e-4)
 
 
-def test_uniform_rules_by_hand():
-    model, tokens = model_and_tokens("relu")
-    for rule in ("top_k", "epsilon"):
-        kept, ratio = uniform_ppl(
-            model, [tokens], rule=rule, p=5.0, loss_fn=language_loss, tol=1e-3
-        )
-        assert 0 < kept < 1
-        assert 1 < ratio <= 1.05
+def test_batches_count_alike():
+    model, tokens = model_and_tokens()
+    whole = cett_ppl(model, [tokens], p=5.0, **SEARCH)
+    parts = cett_ppl(model, list(tokens.split(8)), p=5.0, **SEARCH)
+    assert parts.ppl_dense == pytest.approx(whole.ppl_dense, rel=1e-5)
+    assert parts.ppl_pruned == pytest.approx(whole.ppl_pruned, rel=1e-5)
+    torch.testing.assert_close(parts.taus, whole.taus, atol=1e-6, rtol=1e-4)
+    torch.testing.assert_close(parts.layer_ratios, whole.layer_ratios, atol=1e-4, rtol=0)
+
+
+def with_largest(model, tokens, k):
+    """The share kept and the perplexity when k neurons of every token are, if they are not 0."""
+    shares, undo = [], []
+
+    def keep(h):
+        mask = (h.abs() >= h.abs().sort(descending=True).values[..., k - 1, None]) & (h != 0)
+        shares.append(mask.double().mean().item())
+        return torch.where(mask, h, 0.0)
+
+    for ffn in find_ffns(model).values():
+        undo.append(on_hidden(ffn.module, ffn.down, keep))
+    with torch.no_grad():
+        ppl = language_loss(model, tokens).exp().item()
+    for stop in undo:
+        stop()
+    return sum(shares) / len(shares), ppl
+
+
+@pytest.mark.parametrize("activation", ["relu", "silu"])
+def test_uniform_rules_by_hand(activation):
+    model, tokens = model_and_tokens(activation)
+    search = {"loss_fn": language_loss, "tol": 1e-3}
+    kept, ratio = uniform_ppl(model, [tokens], rule="epsilon", p=5.0, **search)
+    assert 0 < kept < 1
+    assert 1 < ratio <= 1.05
+
+    kept, ratio = uniform_ppl(model, [tokens], rule="top_k", p=5.0, **search)
+    found = [with_largest(model, tokens, k) for k in range(1, 49)]
+    whole = found[-1][1]
+    least = min(range(48), key=lambda i: abs(found[i][0] - kept))
+    assert (kept, ratio * whole) == pytest.approx(found[least], rel=1e-5)
+    assert ratio <= 1.05 < found[least - 1][1] / whole
     with pytest.raises(ValueError, match="rule"):
         uniform_ppl(model, [tokens], rule="random", loss_fn=language_loss)
 
@@ -131,7 +167,8 @@ def test_the_model_is_left_as_it_was():
     model.train()
     model.blocks[0].eval()
     before = copy.deepcopy(model.state_dict())
-    cett_ppl(model, [tokens], **SEARCH)
+    report = cett_ppl(model, [tokens], **SEARCH)
+    assert report.ppl_pruned / report.ppl_dense <= 1.01, "p is 1 where it is not given"
     assert (model.training, model.blocks[0].training, model.blocks[1].training) == (1, 0, 1)
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     assert not any(block.ffn._watchers for block in model.blocks)
@@ -188,6 +225,9 @@ def test_thresholds_join_those_that_are_there():
     gated.blocks[0].ffn.set_threshold(0.1)
     with pytest.raises(ValueError, match=r"blocks\.0\.ffn"):
         report.apply(gated)
+    model.blocks[1].ffn.top_k = 5
+    with pytest.raises(ValueError, match=r"blocks\.1\.ffn already drops neurons"):
+        report.apply(model)
 
 
 def test_bad_searches_are_refused():
