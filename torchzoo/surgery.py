@@ -85,7 +85,7 @@ def replace(model: nn.Module, match: Match, factory: Callable[[nn.Module], nn.Mo
     }
     if not outermost:
         raise ValueError(
-            f"match: expected a rule that selects a module, got none of {_seen(model)}"
+            f"match: expected a rule that selects a module, got none of {kinds(model)}"
         )
     modules = dict(model.named_modules())
     made = {}
@@ -124,7 +124,7 @@ def capture(model: nn.Module, match: Match) -> Iterator[dict[str, list[Any]]]:
     found = find(model, match)
     if not found:
         raise ValueError(
-            f"match: expected a rule that selects a module, got none of {_seen(model)}"
+            f"match: expected a rule that selects a module, got none of {kinds(model)}"
         )
     outputs: dict[str, list[Any]] = {name: [] for name in found}
 
@@ -168,6 +168,7 @@ def _like(module: nn.Module, models: Iterator[nn.Module]) -> nn.Module:
     return module
 
 
-def _seen(model: nn.Module) -> str:
+def kinds(model: nn.Module) -> str:
+    """The commonest classes of a model's modules with their counts, for messages."""
     counts = Counter(type(module).__name__ for module in model.modules())
     return ", ".join(f"{count} {name}" for name, count in counts.most_common(6))

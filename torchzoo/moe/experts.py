@@ -19,14 +19,8 @@ from torchzoo.moe.dispatch import unpermute_tokens
 from torchzoo.moe.routing import check_count
 from torchzoo.ops import grouped_ffn, grouped_mm
 from torchzoo.ops.grouped_ffn import ACTIVATIONS as FUSED
+from torchzoo.ops.grouped_ffn import swiglu
 from torchzoo.registry import Example, register
-
-
-def swiglu(hidden: Tensor) -> Tensor:
-    """`silu(g) * u`, where the last dimension holds first `g`, then `u`."""
-    gate, up = hidden.chunk(2, dim=-1)
-    return F.silu(gate) * up
-
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "swiglu": swiglu,

@@ -145,13 +145,14 @@ def _check(
             raise ValueError(f"src: expected rows of x in [0, {x.shape[0]}), got {low} to {high}")
 
 
-def _swiglu(h: Tensor) -> Tensor:
+def swiglu(h: Tensor) -> Tensor:
+    """`silu(g) * u`, where the last dimension holds first `g`, then `u`."""
     gate, up = h.chunk(2, dim=-1)
     return F.silu(gate) * up
 
 
 def _act(h: Tensor, w_out: Tensor) -> Tensor:
-    return torch.relu(h) if h.shape[1] == w_out.shape[1] else _swiglu(h)
+    return torch.relu(h) if h.shape[1] == w_out.shape[1] else swiglu(h)
 
 
 def _act_back(h: Tensor, w_out: Tensor, da: Tensor) -> Tensor:

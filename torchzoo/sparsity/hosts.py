@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack
 from types import TracebackType
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 
 from torchzoo.sparsity.ffn import SparseFFN
 from torchzoo.sparsity.layouts import ACTIVATIONS, PROJECTIONS, is_mlp, linear_weight
-from torchzoo.surgery import find
+from torchzoo.surgery import find, kinds
 
 _ACTIVATION_PATHS = (*ACTIVATIONS, "intermediate.intermediate_act_fn")
 _NO_LAYER = (nn.Dropout, nn.Identity)
@@ -68,9 +67,9 @@ def find_ffns(model: nn.Module) -> dict[str, FFN]:
     parts = {name: _ffn(module) for name, module in model.named_modules()}
     found = {name: ffn for name, ffn in parts.items() if ffn is not None}
     if not found:
-        kinds = Counter(type(module).__name__ for module in model.modules()).most_common(6)
-        seen = ", ".join(f"{count} {kind}" for kind, count in kinds)
-        raise ValueError(f"model: expected feed-forward layers of a known layout, got {seen}")
+        raise ValueError(
+            f"model: expected feed-forward layers of a known layout, got {kinds(model)}"
+        )
     return found
 
 
