@@ -9,6 +9,20 @@ from torchzoo.sparsity.law import _PUBLISHED
 RELU = {0.80: 0.1047, 1.60: 0.0954, 4.80: 0.0855, 9.61: 0.0786, 20.8: 0.0746, 41.6: 0.0709}
 SILU = {0.77: 0.3145, 1.60: 0.3403, 4.47: 0.3619, 9.59: 0.3707, 20.5: 0.3846, 41.6: 0.3920}
 """Ratios that the authors measured on models of 0.1 billion parameters, by billions of tokens."""
+AT_2_AND_50 = {
+    "0.1b_relu": (0.0932, 0.0699),
+    "0.2b_relu": (0.0995, 0.0764),
+    "0.4b_relu": (0.0967, 0.0790),
+    "0.8b_relu": (0.1021, 0.0923),
+    "1.2b_relu": (0.0986, 0.0955),
+    "2.4b_relu": (0.0931, 0.0924),
+    "0.1b_silu": (0.3358, 0.3933),
+    "0.2b_silu": (0.2741, 0.3823),
+    "0.4b_silu": (0.1793, 0.3775),
+    "0.8b_silu": (0.1010, 0.3715),
+    "1.2b_silu": (0.1068, 0.3698),
+}
+"""What the published coefficients give after 2 and 50 billion tokens, worked out by themselves."""
 
 
 @pytest.mark.claim(
@@ -44,6 +58,21 @@ def test_fit_recovers_the_limit(name, unit):
     assert fit.limit == pytest.approx(law.limit, abs=1e-3)
     np.testing.assert_allclose(fit.predict(d * unit).numpy(), law.predict(d).numpy(), atol=1e-5)
     assert fit.alpha == pytest.approx(law.alpha, rel=0.05)
+
+
+@pytest.mark.parametrize("name", sorted(_PUBLISHED))
+def test_each_published_law(name):
+    got = SparsingLaw.published(name).predict([2.0, 50.0]).tolist()
+    assert got == pytest.approx(AT_2_AND_50[name], abs=6e-5)
+
+
+@pytest.mark.parametrize("kind, direction", [("relu", 1), ("silu", -1)])
+def test_a_law_against_its_direction_is_flat(kind, direction):
+    ratio = np.linspace(0.1, 0.5, 5)[::direction]
+    law = SparsingLaw(kind).fit([1, 2, 4, 8, 16], ratio)
+    assert law.limit == pytest.approx(0.3)
+    np.testing.assert_allclose(law.predict([3.0, 1000.0]).numpy(), 0.3)
+    assert (law.b if kind == "relu" else -law.c) == (-np.inf if kind == "relu" else 0.0)
 
 
 def test_directions():

@@ -220,6 +220,17 @@ def test_penalty_with_checkpointing_counts_once():
         ActivationL1(model, reduction="sum")
 
 
+def test_a_forward_that_failed_is_over():
+    model, x = Net(), torch.randn(4, 6)
+    model.layers[1].down_proj.weight = nn.Parameter(torch.zeros(6, 3))
+    with ActivationL1(model) as l1:
+        with pytest.raises((RuntimeError, ValueError)):
+            model(x)
+        before = l1.value().item()
+        model.layers[0](x)  # by itself: no part of a forward of the model
+        assert l1.value().item() == before
+
+
 def test_penalty_of_layers_that_are_not_ours():
     mlp = nn.Sequential(nn.Linear(3, 8), nn.SiLU(), nn.Linear(8, 3))
     x = torch.randn(5, 3)
