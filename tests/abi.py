@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from torchzoo.ops import (
+    cauchy,
     crrelu,
     delta_conv2d_step,
     delta_linear_step,
@@ -21,8 +22,15 @@ from torchzoo.ops import (
     grouped_mm,
     hyrelu,
     library,
+    log_einsum_exp,
+    log_einsum_exp2,
+    log_max_sum,
+    lti_scan,
+    ordered_matmul,
+    rans_encode,
     sparse_ffn,
     spgemm,
+    vandermonde,
 )
 
 
@@ -55,11 +63,30 @@ def results() -> list[Tensor]:
     src = torch.arange(17) % 9
     experts = grouped_ffn(rows, w_in, w_out, torch.tensor([5, 5, 16]), src, scale)
     bent = [crrelu(x, torch.tensor([0.3])), hyrelu(x, torch.tensor([1.5]))]
-    found = [y, *steps, *pixels, ffn, experts, *bent, product.to_dense()]
+    v, log_x, a_bar = (torch.view_as_complex(normal(3, 11, 2)) for _ in range(3))
+    drive, start = (torch.view_as_complex(normal(*s, 3, 11, 2)) for s in ((2, 70), (2,)))
+    spaces = [vandermonde(v, 0.01 * log_x, 200), cauchy(v, 5 + log_x, a_bar)]
+    spaces += [lti_scan(0.2 * a_bar, drive, start)]
+    spaces = [torch.view_as_real(t) if t.is_complex() else t for t in spaces]
+    level, mixed, mixing, pairs = (
+        normal(3, 7, 5),
+        normal(3, 7, 4),
+        normal(3, 6, 5),
+        normal(3, 6, 5, 4),
+    )
+    logs = [log_einsum_exp(level, mixing.square()), log_einsum_exp2(level, mixed, pairs.square())]
+    logs += [log_max_sum(level, mixing.square())[0]]
+    words = rans_encode(
+        torch.arange(900) % 3, torch.tensor([0, 9, 11, 16]).expand(900, 4), precision=4
+    )
+    exact = [ordered_matmul(x.detach(), up.detach().T.contiguous())]
+    exact += [torch.frombuffer(bytearray(words), dtype=torch.uint8)]
+    found = [y, *steps, *pixels, ffn, experts, *bent, *spaces, *logs, product.to_dense()]
     inputs = [x, weight, frame, acc, weight_t, image, sums, kernels, token, up, down, gate]
-    inputs += [rows, w_in, w_out, scale]
+    inputs += [rows, w_in, w_out, scale, v, log_x, a_bar, drive, start]
+    inputs += [level, mixed, mixing, pairs]
     total = sum((t.square().sum() for t in found[:-1]), found[0].new_zeros(()))
-    return [*found, *torch.autograd.grad(total, inputs)]
+    return [*found, *exact, *torch.autograd.grad(total, inputs)]
 
 
 def main(path: str) -> None:

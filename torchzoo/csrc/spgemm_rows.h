@@ -67,16 +67,21 @@ TZ_INLINE T add_product(T sum, T x, T y) {
   else return __builtin_fma(x, y, sum);
 }
 
-// B's entries row by row, each row's columns and then its values: a short row is one place in memory.
+// B's entries row by row, each row's columns and then its values: a short row is one place in memory. Where
+// most rows are runs, which need no columns and are met in order, they stay where they are.
 template <class I, class T>
 struct Packed {
   typedef T Value __attribute__((aligned(alignof(I) < alignof(T) ? alignof(I) : alignof(T)), may_alias));
   typedef I Column __attribute__((may_alias));
   static constexpr size_t size = sizeof(I) + sizeof(T);
   std::unique_ptr<char[]> data;
+  const I* plain_columns;
+  const T* plain_values;
 
-  Packed(const Factors<I>& f, int64_t rows, int64_t entries, const T* y) {
-    if (!y) return;
+  Packed(const Factors<I>& f, int64_t rows, int64_t entries, const T* y) : plain_columns(f.b_col), plain_values(y) {
+    int64_t runs = 0;
+    for (int64_t k = 0; y && k < rows; ++k) runs += f.b[k].run();
+    if (!y || 2 * runs > rows) return;
     data.reset(new char[entries * size]);
     parallel_for(0, rows, 1 << 12, [&](int64_t begin, int64_t end) {
       for (int64_t k = begin; k < end; ++k) {
@@ -88,15 +93,18 @@ struct Packed {
     });
   }
   char* at(const RowOf<I>& row) const { return data.get() + row.start * size; }
-  const Column* columns(const RowOf<I>& row) const { return reinterpret_cast<const Column*>(at(row)); }
+  const Column* columns(const RowOf<I>& row) const {
+    return data ? reinterpret_cast<const Column*>(at(row)) : plain_columns + row.start;
+  }
   const Value* values(const RowOf<I>& row) const {
-    return reinterpret_cast<const Value*>(at(row) + row.length * sizeof(I));
+    return data ? reinterpret_cast<const Value*>(at(row) + row.length * sizeof(I)) : plain_values + row.start;
   }
 };
 
 // Asks for what is needed a few terms later, as rows of B are read in no order.
 template <class I, class T>
 TZ_INLINE void prefetch(const Factors<I>& f, I p, const Packed<I, T>& y) {
+  if (!y.data) return;
   const char* row = y.at(f.met(std::min<I>(p + 6, f.last)));
   __builtin_prefetch(row);
   __builtin_prefetch(row + 64);

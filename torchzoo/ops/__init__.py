@@ -4,6 +4,8 @@ Importing the operators loads the kernel libraries that are there (see `torchzoo
 """
 
 from torchzoo.ops import library
+from torchzoo.ops.block_log_einsum_exp import block_sparse_log_einsum_exp
+from torchzoo.ops.cauchy import cauchy
 from torchzoo.ops.crrelu import crrelu
 from torchzoo.ops.delta_conv2d import delta_conv2d, delta_conv2d_step
 from torchzoo.ops.delta_linear import delta_linear, delta_linear_step, delta_scan
@@ -11,6 +13,17 @@ from torchzoo.ops.grouped_ffn import grouped_ffn
 from torchzoo.ops.grouped_mm import grouped_mm
 from torchzoo.ops.hyrelu import hyrelu
 from torchzoo.ops.knn import knn
+from torchzoo.ops.log_einsum_exp import log_einsum_exp, log_einsum_exp2
+from torchzoo.ops.log_max_sum import log_max_sum
+from torchzoo.ops.lti_scan import lti_scan
+from torchzoo.ops.ordered_matmul import ordered_matmul
+from torchzoo.ops.rans import (
+    RansDecoder,
+    RansEncoder,
+    frequency_tables,
+    rans_decode,
+    rans_encode,
+)
 from torchzoo.ops.sparse_ffn import FFNStats, pack_ffn, sparse_ffn
 from torchzoo.ops.spgemm import (
     SpGEMMPlan,
@@ -20,27 +33,41 @@ from torchzoo.ops.spgemm import (
     spgemm_plan,
     spgemm_stats,
 )
+from torchzoo.ops.vandermonde import vandermonde
 
 __all__ = [
     "FFNStats",
+    "RansDecoder",
+    "RansEncoder",
     "SpGEMMPlan",
     "SpGEMMStats",
+    "block_sparse_log_einsum_exp",
+    "cauchy",
     "crrelu",
     "delta_conv2d",
     "delta_conv2d_step",
     "delta_linear",
     "delta_linear_step",
     "delta_scan",
+    "frequency_tables",
     "grouped_ffn",
     "grouped_mm",
     "hyrelu",
     "knn",
+    "log_einsum_exp",
+    "log_einsum_exp2",
+    "log_max_sum",
+    "lti_scan",
+    "ordered_matmul",
     "pack_ffn",
+    "rans_decode",
+    "rans_encode",
     "sparse_ffn",
     "spgemm",
     "spgemm_batched",
     "spgemm_plan",
     "spgemm_stats",
+    "vandermonde",
 ]
 
 library.load()

@@ -43,8 +43,9 @@ def loop_over_batch(op: Any) -> Any:
 
 def no_autocast(x: Tensor) -> AbstractContextManager[Any]:
     """References compute in the types that they say, inside autocast too."""
-    if torch.is_autocast_enabled(x.device.type):
-        return torch.autocast(x.device.type, enabled=False)
+    kind = x.device.type  # meta tensors have no autocast
+    if kind != "meta" and torch.is_autocast_enabled(kind):
+        return torch.autocast(kind, enabled=False)
     return nullcontext()
 
 
