@@ -4,9 +4,11 @@ import numpy as np
 import pytest
 import torch
 from scipy.optimize import minimize, rosen, rosen_der
+from sklearn.linear_model import Ridge
 from torch import nn
 
-from torchzoo.common.solvers import minimize_lbfgs
+from torchzoo.common import solvers
+from torchzoo.common.solvers import conjugate_gradient, minimize_lbfgs, ridge
 
 
 def rosenbrock(x):
@@ -68,3 +70,103 @@ def test_minimize_lbfgs_refuses_bad_input():
     x = torch.tensor([-1.0], requires_grad=True)
     with pytest.raises(ValueError, match="closure: expected a finite value"):
         minimize_lbfgs(lambda: x.log().sum(), [x])
+
+
+def regression(n, size, k=2, batch=(), seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    draw = torch.randn(*batch, n, size + k, generator=generator, dtype=torch.float64)
+    return draw[..., :size], draw[..., size:]
+
+
+SOLVERS = ("auto", "primal", "dual", "cg")
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("size", [5, 40])
+def test_ridge_is_scikit_learns(solver, size):
+    features, y = regression(20, size)
+    weight = torch.rand(20, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    for given in (None, weight):
+        peer = Ridge(alpha=0.7, fit_intercept=False, solver="cholesky")
+        peer.fit(features.numpy(), y.numpy(), None if given is None else given.numpy())
+        found = ridge(features, y, 0.7, solver=solver, sample_weight=given)
+        np.testing.assert_allclose(found.numpy(), peer.coef_.T, atol=1e-9)
+        one = ridge(features, y[:, 0], 0.7, solver=solver, sample_weight=given)
+        torch.testing.assert_close(one, found[:, 0])
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_ridge_in_batches_and_in_single_precision(solver):
+    features, y = regression(9, 4, batch=(3, 2))
+    found = ridge(features, y, 0.1, solver=solver)
+    for i in range(3):
+        for j in range(2):
+            torch.testing.assert_close(found[i, j], ridge(features[i, j], y[i, j], 0.1))
+    single = ridge(features.float(), y.float(), 0.1, solver=solver)
+    assert single.dtype == torch.float32
+    torch.testing.assert_close(single.double(), found, rtol=1e-5, atol=1e-5)
+
+
+def test_ridge_of_zero_is_least_squares_and_is_refused_for_deficient_rank():
+    features, y = regression(20, 5)
+    exact = np.linalg.lstsq(features.numpy(), y.numpy(), rcond=None)[0]
+    np.testing.assert_allclose(ridge(features, y, 0.0).numpy(), exact, atol=1e-10)
+    with pytest.raises(ValueError, match="ridge: too small"):
+        ridge(torch.ones(4, 2), torch.ones(4), 0.0)
+
+
+def test_ridge_has_gradients():
+    features, y = regression(6, 3)
+    inputs = features.requires_grad_(), y.requires_grad_()
+    for solver in ("primal", "dual"):
+        assert torch.autograd.gradcheck(lambda f, t, s=solver: ridge(f, t, 0.5, solver=s), inputs)
+
+
+def test_conjugate_gradient_solves_systems_of_different_difficulty():
+    generator = torch.Generator().manual_seed(0)
+    root = torch.randn(12, 12, generator=generator, dtype=torch.float64)
+    a = root @ root.mT + torch.eye(12)
+    b = torch.randn(3, 12, generator=generator, dtype=torch.float64)
+    b[1] = 0
+    found = conjugate_gradient(lambda x: x @ a, b, tol=1e-12)
+    assert found.converged
+    assert found.residual < 1e-11
+    np.testing.assert_allclose(found.value.numpy(), np.linalg.solve(a, b.T).T, atol=1e-9)
+    assert (found.value[1] == 0).all()
+
+
+def test_conjugate_gradient_with_a_preconditioner_needs_fewer_iterations():
+    scale = torch.logspace(0, 6, 50, dtype=torch.float64)
+    b = torch.ones(50, dtype=torch.float64)
+    plain = conjugate_gradient(lambda x: scale * x, b, max_iter=30)
+    found = conjugate_gradient(lambda x: scale * x, b, preconditioner=lambda r: r / scale)
+    assert not plain.converged
+    assert plain.iterations == 30
+    assert found.converged
+    assert found.iterations <= 2
+    torch.testing.assert_close(found.value, 1 / scale)
+
+
+def test_ridge_says_when_conjugate_gradients_did_not_converge(monkeypatch):
+    monkeypatch.setattr(
+        solvers,
+        "conjugate_gradient",
+        lambda *args, max_iter, **kwargs: conjugate_gradient(*args, max_iter=1, **kwargs),
+    )
+    with pytest.warns(UserWarning, match="relative residual"):
+        ridge(*regression(9, 4), 0.1, solver="cg")
+
+
+def test_linear_solvers_refuse_bad_input():
+    features, y = regression(6, 3)
+    with pytest.raises(ValueError, match="y: expected"):
+        ridge(features, y[:5], 1.0)
+    with pytest.raises(ValueError, match="ridge: expected at least 0, got -1"):
+        ridge(features, y, -1.0)
+    with pytest.raises(ValueError, match=r"solver: expected .* got 'lu'"):
+        ridge(features, y, 1.0, solver="lu")
+    for weight in (torch.ones(5), -torch.ones(6)):
+        with pytest.raises(ValueError, match="sample_weight: expected"):
+            ridge(features, y, 1.0, sample_weight=weight)
+    with pytest.raises(ValueError, match="b: expected"):
+        conjugate_gradient(lambda x: x, torch.ones(()))
