@@ -17,9 +17,12 @@ CORE = {
     "torchzoo.experiment": "Experiments",
     "torchzoo.trainer": "Trainer",
     "torchzoo.surgery": "Surgery",
+    "torchzoo.swaps": "Swaps",
+    "torchzoo.finetuning": "Fine-tuning",
     "torchzoo.testing": "The module contract",
     "torchzoo.ops": "Operators",
 }
+PACKAGES = ("torchzoo.ops", "torchzoo.testing", "torchzoo.swaps", "torchzoo.finetuning")
 MARK = {"holds": "✓ holds", "refuted": "✗ refuted", "untested": "untested"}
 OUTCOME = {True: "✓ holds", False: "✗ fails", None: "void"}
 
@@ -36,7 +39,7 @@ def write_all(folder: Path) -> None:
         (folder / f"core-{name}.md").write_text(
             f"# {title}\n\n```{{eval-rst}}\n.. automodule:: {module}\n   :members:\n"
             "   :imported-members:\n   :show-inheritance:\n```\n"
-            if module in ("torchzoo.ops", "torchzoo.testing")
+            if module in PACKAGES
             else f"# {title}\n\n```{{eval-rst}}\n.. automodule:: {module}\n   :members:\n```\n",
             encoding="utf-8",
         )

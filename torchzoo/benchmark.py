@@ -96,16 +96,7 @@ def _case(
     case: Case, device: torch.device, rounds: int, limits: dict[str, float]
 ) -> dict[str, Any]:
     calls = dict(case.make(device))
-    for call in calls.values():  # warm up: allocations, caches, lazy initialisation
-        call()
-        start = time.perf_counter()
-        while time.perf_counter() - start < WARM_UP:
-            _seconds(call, device)
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(rounds):
-        for name, call in calls.items():
-            times[name].append(_seconds(call, device))
-    found = {name: _spread(values) for name, values in times.items()}
+    found = measure(calls, device, rounds, warm_up=WARM_UP)
     peers = {name: row["median"] for name, row in found.items() if name != OURS}
     best = min(peers, key=lambda name: peers[name])
     ours = found[OURS]["median"]
@@ -124,6 +115,33 @@ def _case(
         "gbytes_per_s": case.bytes / ours / 1e9,
         "share_of_limit": floor / ours,
     }
+
+
+def measure(
+    calls: Mapping[str, Callable[[], Any]],
+    device: torch.device,
+    rounds: int,
+    *,
+    warm_up: float,
+) -> dict[str, dict[str, float]]:
+    """Seconds of each call: median and quartiles over rounds in which all take turns.
+
+    Args:
+        calls: What to time, by name.
+        device: Where it runs.
+        rounds: How many times each is called.
+        warm_up: Seconds that each is called before, for allocations, caches, initialisation.
+    """
+    for call in calls.values():
+        call()
+        start = time.perf_counter()
+        while time.perf_counter() - start < warm_up:
+            _seconds(call, device)
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            times[name].append(_seconds(call, device))
+    return {name: _spread(values) for name, values in times.items()}
 
 
 def _spread(values: Sequence[float]) -> dict[str, float]:

@@ -20,10 +20,9 @@ import safetensors
 import torch
 from huggingface_hub import ModelCard, PyTorchModelHubMixin
 from safetensors.torch import save_model
-from torch import nn
+from torch import Tensor, nn
 
-from torchzoo import _config, _weights
-from torchzoo._docstring import sections
+from torchzoo import _card, _config, _weights
 from torchzoo._weights import manifest
 from torchzoo.errors import WeightsError
 from torchzoo.files import write_json
@@ -31,30 +30,15 @@ from torchzoo.files import write_json
 __all__ = ["ZooModel", "from_pretrained", "manifest", "ship"]
 
 Model = TypeVar("Model", bound=nn.Module)
-
-_CARD = """---
-{{ card_data }}
----
-
-# {{ name }}
-
-{{ summary }}
-
-{{ source }}
-
-```python
-import torchzoo
-
-model = torchzoo.from_pretrained("folder or hub id")
-```
-"""
+_TRAINING = ("data", "metric", "seed", "command")
 
 
 class ZooModel(
     nn.Module,
     PyTorchModelHubMixin,
     library_name="torchzoo",
-    model_card_template=_CARD,
+    license=_card.LICENSE,
+    model_card_template=_card.TEMPLATE,
     tags=["torchzoo"],
 ):
     """Base class of the zoo's modules: an `nn.Module` that remembers how it was built.
@@ -103,7 +87,8 @@ class ZooModel(
         Args:
             save_directory: The folder; made where it is missing.
             config: Replaces the model's own config; for `push_to_hub`.
-            model_card_kwargs: More values for the model card's template.
+            model_card_kwargs: For the model card: how the model was trained, as `data`, `metric`,
+                `seed` and `command`.
 
         Returns:
             The folder.
@@ -132,14 +117,9 @@ class ZooModel(
         path.chmod(0o644)  # safetensors leaves it to its owner alone
 
     def generate_model_card(self, *args: Any, **kwargs: Any) -> ModelCard:
-        """A short card: what the module computes, its source, and how to load it."""
-        parts = sections(type(self))
-        card = {
-            "name": type(self).__name__,
-            "summary": parts[""],
-            "source": f"Source: {parts['Source']}" if "Source" in parts else "",
-        }
-        return super().generate_model_card(*args, **card | kwargs)
+        """The card: the module, its paper and what was measured here, training, license."""
+        training = {key: kwargs.pop(key) for key in _TRAINING if key in kwargs}
+        return super().generate_model_card(*args, **_card.fields(type(self), training) | kwargs)
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
@@ -176,7 +156,8 @@ def from_pretrained(
         revision: Branch, tag or commit of a hub id.
         token: Access token for a hub id; by default the one stored on this machine.
         **overrides: Constructor arguments that replace saved ones. Tensors keep the dtype they
-            were saved in unless `dtype` is given here.
+            were saved in unless `dtype` is given here. With another `num_classes` the tensors
+            that have one entry a class, the head, are drawn anew, and a warning names them.
 
     Raises:
         WeightsError: Nothing has this name, the download fails, a file is missing, damaged or not
@@ -222,15 +203,13 @@ def ship(
     """
     if not re.fullmatch(r"[a-z0-9][a-z0-9.-]*", name):
         raise ValueError(f"name: expected lower-case letters, digits, '.' and '-', got {name!r}")
-    folder = model.save_pretrained(_weights.WEIGHTS / name)
+    training = {"data": data, "metric": metric, "seed": seed, "command": command}
+    folder = model.save_pretrained(_weights.WEIGHTS / name, model_card_kwargs=training)
     entry = {
         "file": f"{name}/{_weights.TENSORS}",
         "sha256": _weights.sha256(folder / _weights.TENSORS),
         "class": _config.class_path(type(model)),
-        "data": data,
-        "metric": metric,
-        "seed": seed,
-        "command": command,
+        **training,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
     }
     write_json(
@@ -274,6 +253,10 @@ def _load(
         model.to(device)
     own = model.state_dict(keep_vars=True)
     _weights.restore_tied(loaded, own)
+    if head := _new_head(own, loaded, config.get("num_classes"), overrides.get("num_classes")):
+        names = ", ".join(head)
+        warnings.warn(f"{names} of {folder} were drawn anew for other classes", stacklevel=3)
+        own, loaded = ({k: v for k, v in t.items() if k not in head} for t in (own, loaded))
     if problems := _weights.misfits(own, loaded, keys=strict):
         raise WeightsError(f"{folder} doesn't fit {kind.__name__}: {problems}")
     if problems := _weights.misfits(own, loaded):
@@ -283,3 +266,21 @@ def _load(
             own[key].data = own[key].data.to(loaded[key].dtype)
     model.load_state_dict(loaded, strict=False)
     return model.eval()
+
+
+def _new_head(
+    own: Mapping[str, Tensor], loaded: Mapping[str, Tensor], old: Any, new: Any
+) -> list[str]:
+    """The tensors whose shape differs in the number of classes, saved and asked for, alone."""
+    if new is None or old is None or old == new:
+        return []
+    pairs = {
+        key: zip(loaded[key].shape, own[key].shape, strict=False)
+        for key in own.keys() & loaded.keys()
+    }
+    return [
+        key
+        for key, sizes in pairs.items()
+        if loaded[key].ndim == own[key].ndim
+        and {pair for pair in sizes if pair[0] != pair[1]} == {(old, new)}
+    ]

@@ -1,17 +1,28 @@
-"""Find, replace and watch the layers of any model, whoever wrote it."""
+"""Find, replace, swap and watch the layers of any model, whoever wrote it.
+
+`replace` puts new modules in place; `swap` also carries weights and hooks over, reports what it
+changed, and `restore` undoes it.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from dataclasses import replace as dataclass_replace
 from fnmatch import fnmatchcase
 from itertools import chain
 from typing import Any
 
 import torch
 from torch import nn
+
+from torchzoo._carry import Init, carry
+from torchzoo._undo import noted, undo
+from torchzoo.catalogue import suggest
+from torchzoo.errors import UnknownNameError
+from torchzoo.flops import Inputs, count_flops
 
 Match = type[nn.Module] | tuple[type[nn.Module], ...] | str | Callable[[str, nn.Module], bool]
 
@@ -99,6 +110,203 @@ def replace(model: nn.Module, match: Match, factory: Callable[[nn.Module], nn.Mo
     return Replaced(tuple(outermost))
 
 
+@dataclass(frozen=True)
+class Change:
+    """One module that gave way: its name, both classes, and the parameters of both."""
+
+    name: str
+    old: str
+    new: str
+    parameters: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Swapped(Replaced):
+    """What a swap did; as text a tree.
+
+    Attributes:
+        names: The modules that gave way, in the model's order.
+        changes: For each of them what it was and is.
+        parameters: Parameters of the whole model before and after.
+        flops: Floating-point operations of a forward before and after; None without inputs.
+        notes: What a user should know, a sentence each.
+    """
+
+    changes: tuple[Change, ...] = ()
+    parameters: tuple[int, int] = (0, 0)
+    flops: tuple[int, int] | None = None
+    notes: tuple[str, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """The report as plain values."""
+        return asdict(self) | {"count": self.count}
+
+    def with_notes(self, *notes: str) -> Swapped:
+        """The same report with more notes."""
+        return dataclass_replace(self, notes=(*self.notes, *notes))
+
+    def __str__(self) -> str:
+        lines = [f"parameters {self.parameters[0]:,} → {self.parameters[1]:,}"]
+        if self.flops:
+            lines += [f"FLOPs {self.flops[0]:,} → {self.flops[1]:,}"]
+        shown: set[str] = set()
+        for change in self.changes:
+            parts = change.name.split(".")
+            for depth in range(1, len(parts)):
+                above = ".".join(parts[:depth])
+                if above not in shown:
+                    lines.append(f"{'  ' * depth}{parts[depth - 1]}")
+                    shown.add(above)
+            before, after = change.parameters
+            what = f"{change.old} → {change.new}  {before:,} → {after:,}"
+            lines.append(f"{'  ' * len(parts)}{parts[-1]}: {what}")
+        return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
+
+
+def swap(
+    model: nn.Module,
+    selector: Match,
+    factory: Callable[[nn.Module], nn.Module],
+    *,
+    init: Init = "match",
+    inputs: Inputs | None = None,
+) -> Swapped:
+    """Put new modules in the place of those selected, in place, so that `restore` can undo it.
+
+    Parameters and buffers that carry over are shared with the old module, so weights that are tied
+    stay tied and an optimizer that has them keeps them; training the new module trains them.
+    Forward and backward hooks move to the new module, and their handles go on working. Mode, device
+    and dtype are taken over as `replace` does.
+
+    Args:
+        model: The model to change.
+        selector: As for `find`.
+        factory: Makes the new module from the old one.
+        init: `"match"`: parameters and buffers of the new module that have name and shape of one of
+            the old module are that one. `"fresh"`: nothing of the old is kept, whatever the new
+            module holds is drawn by its `reset_parameters`; modules of the old one that the new
+            one wraps are left alone. A function gets the new module and the old.
+        inputs: What to call the model with, to count its operations before and after.
+
+    Returns:
+        What changed.
+
+    Raises:
+        UnknownNameError: Nothing is selected; the message names what is near.
+        ValueError: The model itself is selected, or `init` is none of these.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
+        >>> report = swap(model, nn.Linear, lambda old: nn.Linear(4, 4, bias=False))
+        >>> print(report)
+        parameters 20 → 16
+          0: Linear → Linear  20 → 16
+        >>> restore(model)
+        ('0',)
+        >>> model[0].bias is None
+        False
+    """
+    if init not in ("match", "fresh") and not callable(init):
+        raise ValueError(f"init: expected 'match', 'fresh' or a function, got {init!r}")
+    if not find(model, selector):
+        raise nothing_selected(model, selector)
+
+    def make(old: nn.Module) -> nn.Module:
+        return carry(factory(old), old, init)
+
+    return convert(model, lambda model: replace(model, selector, make), inputs=inputs)
+
+
+def convert(
+    model: nn.Module,
+    converter: Callable[[nn.Module], Replaced],
+    *,
+    inputs: Inputs | None = None,
+    notes: tuple[str, ...] = (),
+) -> Swapped:
+    """Apply a function that replaces modules of a model in place, and note how to undo it.
+
+    Args:
+        model: The model to change.
+        converter: For example `torchzoo.activations.convert_norm_act`; returns what it replaced.
+            After an error in it the model's structure is as before.
+        inputs: As for `swap`.
+        notes: Put into the report.
+
+    Returns:
+        What changed, as `swap` says it.
+    """
+    before = dict(model.named_modules())
+    sizes = {name: _size(module) for name, module in before.items()}
+    flops = [count_flops(model, inputs)] if inputs is not None else []
+    with noted(model):
+        names = converter(model).names
+        flops += [count_flops(model, inputs)] if inputs is not None else []
+    after = dict(model.named_modules())
+    changes = [
+        Change(
+            name,
+            type(before[name]).__name__ if name in before else "function",
+            type(after[name]).__name__,
+            (sizes.get(name, 0), _size(after[name])),
+        )
+        for name in names
+    ]
+    return Swapped(
+        names=tuple(names),
+        changes=tuple(changes),
+        parameters=(sizes[""], _size(model)),
+        flops=(flops[0], flops[1]) if flops else None,
+        notes=notes,
+    )
+
+
+def restore(model: nn.Module) -> tuple[str, ...]:
+    """Undo every `swap` and `convert` of a model, the latest first.
+
+    The old modules return as they are: with the parameters that they share with the new ones as
+    trained, the others as they were before the swap; in the mode, on the device and in the dtype of
+    the modules that they take the place of.
+
+    Args:
+        model: The model, or a copy of it.
+
+    Returns:
+        The names at which modules were put back.
+
+    Raises:
+        ValueError: There is nothing to undo.
+
+    Example:
+        >>> model = nn.Sequential(nn.ReLU())
+        >>> _ = swap(model, nn.ReLU, lambda old: nn.SiLU())
+        >>> restore(model), model
+        (('0',), Sequential(
+          (0): ReLU()
+        ))
+    """
+    changes = undo(model)
+    if not changes:
+        raise ValueError("model: expected one with swapped layers, got none that was swapped")
+    returned = set()
+    for step in chain.from_iterable(changes):
+        if isinstance(step.old, nn.Module) and isinstance(step.new, nn.Module):
+            _like(step.old.train(step.new.training), iter([step.new, model]))
+            returned.add(step.old)
+    return tuple(name for name, module in model.named_modules() if module in returned)
+
+
+def nothing_selected(model: nn.Module, selector: Match) -> UnknownNameError:
+    """The error that a selector found nothing, with names and classes that are near."""
+    wrong = selector if isinstance(selector, str) else getattr(selector, "__name__", str(selector))
+    known = {name for name, _ in model.named_modules() if name}
+    known |= {type(module).__name__ for module in model.modules()}
+    return UnknownNameError(
+        f"selector: {wrong!r} selects nothing of {type(model).__name__} ({kinds(model)})"
+        f"{suggest(wrong, sorted(known))}"
+    )
+
+
 @contextmanager
 def capture(model: nn.Module, match: Match) -> Iterator[dict[str, list[Any]]]:
     """Record what the selected modules return, while the context is open.
@@ -137,6 +345,10 @@ def capture(model: nn.Module, match: Match) -> Iterator[dict[str, list[Any]]]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _size(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def _predicate(match: Match) -> Callable[[str, nn.Module], bool]:

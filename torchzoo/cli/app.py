@@ -25,7 +25,12 @@ COMMANDS = {
     "info": "torchzoo.cli.info:info",
     "cite": "torchzoo.cli.cite:cite",
     "reproduce": "torchzoo.cli.reproduce:reproduce",
+    "swap": "torchzoo.cli.swap:swap",
+    "finetune": "torchzoo.cli.finetune:finetune",
+    "compare": "torchzoo.cli.compare:compare",
     "bench": "torchzoo.cli.bench:bench",
+    "compress": "torchzoo.cli.compress:compress",
+    "decompress": "torchzoo.cli.decompress:decompress",
     "doctor": "torchzoo.cli.doctor:doctor",
     "build": "torchzoo.cli.build:build",
 }
