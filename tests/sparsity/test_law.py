@@ -66,7 +66,7 @@ def test_each_published_law(name):
     assert got == pytest.approx(AT_2_AND_50[name], abs=6e-5)
 
 
-@pytest.mark.parametrize("kind, direction", [("relu", 1), ("silu", -1)])
+@pytest.mark.parametrize(("kind", "direction"), [("relu", 1), ("silu", -1)])
 def test_a_law_against_its_direction_is_flat(kind, direction):
     ratio = np.linspace(0.1, 0.5, 5)[::direction]
     law = SparsingLaw(kind).fit([1, 2, 4, 8, 16], ratio)
