@@ -20,7 +20,7 @@ def swap_sparse_ffn(
     inputs: Any = None,
     **options: Any,
 ) -> Swapped:
-    """Make feed-forward layers `SparseFFN`s on the same weights, in place.
+    """Make feed-forward layers `SparseFFN` on the same weights, in place.
 
     Args:
         model: The model to change.
