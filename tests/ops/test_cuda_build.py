@@ -26,7 +26,7 @@ def has_nvcc() -> bool:
 # On a GPU these run step by step, on the kernels of the operators that they are made of.
 COMPOSED = {"cauchy", "grouped_ffn", "grouped_ffn_backward"}
 # An entropy coder's integers, and the sums that its tables are made from.
-CPU_ONLY = {"ordered_matmul", "rans_decode", "rans_encode"}
+CPU_ONLY = {"ordered_matmul", "rans_decode", "rans_encode", "rans_tables"}
 
 
 def test_every_cpu_kernel_has_a_cuda_kernel():
