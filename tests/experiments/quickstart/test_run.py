@@ -44,7 +44,7 @@ def test_it_leaves_the_report_and_the_model_and_nothing_else(folder):
 
 
 def test_every_figure_of_the_json_is_on_the_page(report, page):
-    assert len(report["figures"]) >= 11
+    assert len(report["figures"]) >= 14
     for row in report["figures"]:
         for text in (row["what"], row["against"], *(row[k]["text"] for k in ("ours", "theirs"))):
             assert text in page
@@ -76,7 +76,7 @@ def test_the_page_is_self_contained_and_each_picture_has_words(page):
     assert not re.findall(r"(?:src|href)=\"(?!data:)", page)
     assert "<script" not in page
     pictures = re.findall(r'<img alt="([^"]{40,})" src="data:image/svg\+xml;base64,([^"]+)"', page)
-    assert len(pictures) == 6
+    assert len(pictures) == 7
     assert all(base64.b64decode(data).lstrip().startswith(b"<?xml") for _, data in pictures)
 
 

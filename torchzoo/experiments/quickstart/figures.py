@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from torchzoo.experiment import Measurement
+from torchzoo.experiments.quickstart.outliers import Outliers
 from torchzoo.experiments.quickstart.temporal import ASKED, Temporal
 from torchzoo.experiments.quickstart.timing import Timing
 
@@ -146,6 +147,21 @@ def temporal_rows(temporal: Temporal) -> Iterator[Row]:
             Value(temporal.dense_accuracy, "%"),
             Value(gain, "points"),
             None,
+        )
+
+
+def outlier_rows(outliers: Outliers) -> Iterator[Row]:
+    """A row for each kind of other pictures; differences within their error count neither way."""
+    for kind in outliers.others:
+        ours, theirs, gain = outliers.areas(kind)
+        yield Row(
+            "digits or not: area under the ROC curve",
+            f"circuit, {kind.name}",
+            Value(ours.number, "%", ours.std_error),
+            "a classifier's largest softmax",
+            Value(theirs.number, "%", theirs.std_error),
+            Value(gain.number, "points", gain.std_error),
+            None if abs(gain.number) <= gain.std_error else gain.number > 0,
         )
 
 

@@ -9,6 +9,7 @@ from torchzoo.experiments.quickstart.composition import Part
 from torchzoo.experiments.quickstart.figures import Row
 from torchzoo.experiments.quickstart.finetune import Run
 from torchzoo.experiments.quickstart.model import ZooVisionModel
+from torchzoo.experiments.quickstart.outliers import Outliers
 from torchzoo.experiments.quickstart.temporal import Temporal
 from torchzoo.experiments.quickstart.timing import Timing
 
@@ -22,6 +23,7 @@ class Outcome:
         parts: What it is made of.
         runs: The runs of each arm, a run a seed.
         stream: The films.
+        outliers: Digits and other pictures.
         timings: The timed parts.
         rows: The figures in short.
         setup: What was run: seed, budget, device, versions, sizes, seconds.
@@ -31,6 +33,7 @@ class Outcome:
     parts: Part
     runs: dict[str, list[Run]]
     stream: Temporal
+    outliers: Outliers
     timings: list[Timing]
     rows: list[Row]
     setup: dict[str, Any]
@@ -60,5 +63,6 @@ class Outcome:
                 "chosen": self.stream.chosen,
                 "dense_accuracy": self.stream.dense_accuracy,
             },
+            "digits_or_not": self.outliers.to_json(),
             "timings": [asdict(row) for row in self.timings],
         }

@@ -8,12 +8,15 @@ from typing import Any, NamedTuple
 
 import torch
 
+from torchzoo.experiments.circuits.compression import LEVELS, SIDE
 from torchzoo.experiments.quickstart.figures import Value, step_text
 from torchzoo.experiments.quickstart.finetune import ARMS, Run
 from torchzoo.experiments.quickstart.outcome import Outcome
+from torchzoo.experiments.quickstart.outliers import KEPT
 from torchzoo.experiments.quickstart.temporal import HOLD
 
 BLUE, ORANGE, GREEN, PURPLE, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#6b7280"
+COLORS = (BLUE, ORANGE, GREEN, PURPLE)
 _STYLE: Any = {
     "font.family": "sans-serif",
     "font.size": 10,
@@ -55,6 +58,7 @@ def plots(outcome: Outcome) -> list[Plot]:
             _load(outcome),
             _skipped(outcome),
             _tradeoff(outcome),
+            _outliers(outcome),
             _times(outcome),
         ]
 
@@ -221,6 +225,59 @@ def _tradeoff(outcome: Outcome) -> Plot:
         "On films of test digits. The step was chosen on films of training digits: the coarsest "
         "that gives the dense model's class on 99 % of the frames.",
         _draw(paint),
+    )
+
+
+def _outliers(outcome: Outcome) -> Plot:
+    outliers = outcome.outliers
+    kinds = [outliers.digits, *outliers.others]
+
+    def paint(figure: Any) -> None:
+        upper, lower = figure.subfigures(2, height_ratios=(1, 2.4))
+        for axes, kind, color in zip(upper.subplots(1, len(kinds)), kinds, COLORS, strict=True):
+            tiles = kind.levels[:6].view(2, 3, SIDE, SIDE)
+            tiles = torch.nn.functional.pad(tiles, (1, 0, 1, 0), value=LEVELS - 1)
+            axes.imshow(tiles.transpose(1, 2).reshape(2 * SIDE + 2, -1), cmap="gray")
+            axes.set_title(
+                kind.name.replace(", ", ",\n").replace(" of ", "\nof "), color=color, size=8.5
+            )
+            axes.axis("off")
+        panels = lower.subplots(1, 2)
+        for axes, scores in zip(
+            panels,
+            ([kind.bits for kind in kinds], [kind.confidence.exp() for kind in kinds]),
+            strict=True,
+        ):
+            edges = torch.linspace(
+                float(min(s.min() for s in scores)), float(max(s.max() for s in scores)), 26
+            )
+            for values, color in zip(scores, COLORS, strict=True):
+                axes.hist(
+                    values,
+                    edges,
+                    weights=torch.full_like(values, 1 / len(values)),
+                    histtype="step",
+                    lw=1.6,
+                    color=color,
+                )
+            _percent_axis(axes.yaxis)
+            axes.grid(axis="y")
+        panels[0].axvline(outliers.threshold, color=GREY, lw=0.9, ls=":")
+        panels[0].set(xlabel="circuit: bits a pixel", ylabel="share of the pictures")
+        panels[1].set(xlabel="classifier: largest softmax")
+
+    flagged = "; ".join(
+        f"{kind.name} {ours:.0%} and {theirs:.0%}"
+        for kind in outliers.others
+        for ours, theirs in [outliers.flagged(kind)]
+    )
+    return Plot(
+        "Digits, or something else?",
+        "Six pictures of each kind, and the scores of all. Dotted: a threshold below which "
+        f"{KEPT:.0%} of the digits stay. Where each of the two scores keeps as many, circuit and "
+        f"classifier flag: {flagged}. Turned digits are easy for the circuit: digits leave the "
+        "columns at the sides empty, and turned ones fill them.",
+        _draw(paint, height=4.4),
     )
 
 

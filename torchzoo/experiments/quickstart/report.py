@@ -101,6 +101,7 @@ def findings(outcome: Outcome) -> list[str]:
             f"inputs it skips {chosen.skipped:.0%} and gives the same class on "
             f"{chosen.agreement:.1%} of the frames."
         )
+    lines.append(_outlier_finding(outcome))
     timed = [row for row in rows if row.result.unit == "x"]
     faster, slower = ([row for row in timed if row.better is side] for side in (True, False))
     which = f" and {len(slower)} slower: {'; '.join(row.what for row in slower)}" if slower else ""
@@ -109,9 +110,23 @@ def findings(outcome: Outcome) -> list[str]:
     return lines
 
 
+def _outlier_finding(outcome: Outcome) -> str:
+    """What the circuit and the classifier make of each kind of other pictures."""
+    pairs = [
+        f"{kind.name} {ours.number:.3f} (circuit) and {theirs.number:.3f} (classifier)"
+        for kind in outcome.outliers.others
+        for ours, theirs, _ in [outcome.outliers.areas(kind)]
+    ]
+    return (
+        "The shipped circuit, which never saw a label, flags pictures that are no digits. Area "
+        "under the ROC curve, beside that of the confidence of a classifier trained on the same "
+        f"images: {'; '.join(pairs)}."
+    )
+
+
 def html(outcome: Outcome) -> str:
     """The report as one self-contained page."""
-    setup = outcome.setup
+    setup, flagged = outcome.setup, outcome.outliers
     found = "".join(f"<li>{escape(line)}</li>" for line in findings(outcome))
     pictures = "".join(_figure(plot) for plot in plots(outcome))
     commands = "".join(f"<p><code>{escape(c)}</code> {escape(why)}</p>" for c, why in NEXT)
@@ -121,6 +136,9 @@ def html(outcome: Outcome) -> str:
         "parameters": f"{setup['parameters']:,}; transformer {setup['baseline_parameters']:,}",
         "learning rates": ", ".join(f"{k} {v:g}" for k, v in setup["learning_rates"].items()),
         "test images": f"{setup['test_images']}, each at a fixed place on a 12 x 12 canvas",
+        "digits or not": f"{len(flagged.digits.bits)} test digits against "
+        f"{len(flagged.others[0].bits)} pictures of each kind; the classifier is right on "
+        f"{flagged.accuracy:.1%} of the test digits",
         "versions": ", ".join(f"{k} {v}" for k, v in setup["versions"].items()),
         "measured in": f"{setup['seconds']:.0f} s",
     }
@@ -131,7 +149,7 @@ def html(outcome: Outcome) -> str:
 <title>torchzoo quickstart</title><style>{_STYLE}</style></head><body>
 <h1>torchzoo quickstart</h1>
 <p class="quiet">Gaussian adaptive attention, a mixture of experts and delta layers in one small
-model, on scikit-learn's handwritten digits.</p>
+model, and a probabilistic circuit beside it, on scikit-learn's handwritten digits.</p>
 <ul class="findings">{found}</ul>
 <h2>Figures</h2>
 <table class="figures"><thead><tr><th>what</th><th>torchzoo</th><th>against</th>
@@ -141,7 +159,8 @@ With so few seeds it is rough, and the {setup["test_images"]} test images, which
 about {_test_error(outcome)} to each accuracy. Times are medians; those closer than their
 interquartile range are called about equal. MACs are those of the linear layers; norms and the
 attention's gates are elementwise and always computed. A delta layer also skips inputs that stay
-zero, from the first frame on.</p>
+zero, from the first frame on. The area under the ROC curve is the share of pairs of a digit and
+another picture in which the digit gets the better score; its ± is over pictures (DeLong).</p>
 <h2>Pictures</h2>
 <div class="plots">{pictures}</div>
 <h2>What the model is made of</h2>

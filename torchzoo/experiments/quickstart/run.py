@@ -1,4 +1,4 @@
-"""The quickstart from beginning to end: fine-tune, stream, time."""
+"""The quickstart from beginning to end: fine-tune, stream, flag, time."""
 
 from __future__ import annotations
 
@@ -9,18 +9,21 @@ from dataclasses import asdict, dataclass
 
 import torch
 
+from torchzoo.circuits import Circuit
 from torchzoo.data.digits import DigitsSplit, digits
 from torchzoo.experiment import describe, versions
-from torchzoo.experiments.quickstart import finetune, temporal, timing
+from torchzoo.experiments.quickstart import finetune, outliers, temporal, timing
 from torchzoo.experiments.quickstart.baseline import TransformerModel
 from torchzoo.experiments.quickstart.composition import composition, count
 from torchzoo.experiments.quickstart.figures import (
     accuracy_rows,
+    outlier_rows,
     temporal_rows,
     timing_rows,
 )
 from torchzoo.experiments.quickstart.model import ZooVisionModel
 from torchzoo.experiments.quickstart.outcome import Outcome
+from torchzoo.hub import from_pretrained
 
 Progress = Callable[[str, int, int], None]
 """Called with a stage's name, the steps done, and its steps in all."""
@@ -36,6 +39,7 @@ class Budget:
         films: Films of moving digits.
         frames: Frames of each.
         steps: Quantisation steps that are tried.
+        classifier_epochs: Epochs of the classifier that the circuit is compared with.
         min_run_time: Seconds that each call is timed for at the least.
     """
 
@@ -44,11 +48,20 @@ class Budget:
     films: int = 24
     frames: int = 20
     steps: tuple[float | None, ...] = (None, 1 / 32, 1 / 16, 1 / 8, 1 / 4)
+    classifier_epochs: int = outliers.RECIPE.epochs
     min_run_time: float = 0.3
 
 
 FULL = Budget()
-QUICK = Budget(seeds=2, epochs=4, films=4, frames=6, steps=(None, 1 / 16), min_run_time=0.02)
+QUICK = Budget(
+    seeds=2,
+    epochs=4,
+    films=4,
+    frames=6,
+    steps=(None, 1 / 16),
+    classifier_epochs=2,
+    min_run_time=0.02,
+)
 
 
 @contextmanager
@@ -74,7 +87,7 @@ def run(
 
     Args:
         budget: How much.
-        seed: First seed of fine-tuning, and the seed of the films.
+        seed: First seed of fine-tuning, and the seed of all else that is drawn.
         device: Where to train and stream; times are taken on the CPU, and there too.
         progress: Called as each stage goes on.
     """
@@ -85,6 +98,7 @@ def run(
     model = runs["zoo_pretrained"][0].model
     assert isinstance(model, ZooVisionModel)
     stream = _stream(budget, model, data, seed, progress)
+    flagged = _flag(budget, seed, device, progress)
     timings = _time_all(budget, model, device, progress)
     accuracies = {key: [run.accuracy[-1] for run in each] for key, each in runs.items()}
     setup = {
@@ -98,6 +112,7 @@ def run(
         "parameters": count(model),
         "baseline_parameters": count(TransformerModel(len(finetune.CLASSES))),
         "learning_rates": {arm.key: arm.lr for arm in finetune.ARMS},
+        "circuit": outliers.WEIGHTS,
         "film": {"hold": temporal.HOLD, "noise": temporal.NOISE},
         "seconds": round(time.perf_counter() - started, 1),
     }
@@ -106,10 +121,12 @@ def run(
         parts=composition(model),
         runs=runs,
         stream=stream,
+        outliers=flagged,
         timings=timings,
         rows=[
             *accuracy_rows(accuracies),
             *temporal_rows(stream),
+            *outlier_rows(flagged),
             *timing_rows(timings),
         ],
         setup=setup,
@@ -145,6 +162,13 @@ def _stream(
         seed=seed,
         on_frame=_counter(progress, "stream moving digits", total),
     )
+
+
+def _flag(budget: Budget, seed: int, device: torch.device, progress: Progress) -> outliers.Outliers:
+    circuit = from_pretrained(outliers.WEIGHTS, device=device)
+    assert isinstance(circuit, Circuit)
+    tick = _counter(progress, "flag what is no digit", budget.classifier_epochs)
+    return outliers.measure(circuit, seed=seed, epochs=budget.classifier_epochs, on_epoch=tick)
 
 
 def _time_all(
