@@ -168,7 +168,7 @@ def _eliminate(
         clauses=tuple(index for _, index in soft),
         blocked=blocked[kept],
         table=table.reshape(-1),
-        possible=(~blocked[kept]).any(1),
+        possible=~np.logical_and.reduce(blocked[kept], axis=1),
         height=1 + max((bucket.height for bucket in below), default=-1),
     )
 

@@ -1,8 +1,8 @@
 """One training step of a hidden Chow-Liu tree against the plain formulation of its layers.
 
-The peer computes the same tree as Einsum networks do (Peharz et al., 2020): batch first, the parts
-of a level put together, then `max`, `exp`, `torch.einsum` and `log`, under autograd. Its leaves
-read rows of a table like ours, so that what is compared is the layers.
+The peer computes the same tree as Einsum networks do (Peharz et al., 2020): the parts of a level
+put together, then `max`, `exp`, `torch.einsum` and `log`, under autograd. It has folds first, which
+is faster than having the batch first, and its leaves read rows of a table.
 """
 
 from __future__ import annotations
@@ -34,22 +34,22 @@ def plain(circuit: Circuit, x: Tensor) -> Tensor:
     chunks = [len(chunk) for chunk in circuit.schedule.chunks]
     table = circuit.leaf.logits.log_softmax(1)
     first = torch.arange(len(table), device=x.device) * table.shape[1]
-    leaves = F.embedding(x[:, circuit.scope] + first, table.flatten(0, 1))
-    values = list(leaves.split(chunks, 1))
+    rows = x[:, circuit.scope].T + first[:, None]
+    values = list(F.embedding(rows, table.flatten(0, 1)).split(chunks))
     for layer in circuit.layers:
         (operand,) = layer.operands
         parts, folds = [], []
-        for slot, rows, parents in operand.reads():
-            parts.append(values[slot][:, rows])
+        for slot, children, parents in operand.reads():
+            parts.append(values[slot][children])
             folds.append(parents)
-        both = torch.cat(parts, 1)
-        products = both.new_zeros(len(x), operand.num_folds, both.shape[2])
-        products = products.index_add(1, torch.cat(folds), both)
+        both = torch.cat(parts)
+        products = both.new_zeros(operand.num_folds, *both.shape[1:])
+        products = products.index_add(0, torch.cat(folds), both)
         largest = products.amax(-1, keepdim=True).detach()
         weight = layer.log_weight.softmax(-1)
-        sums = torch.einsum("bfk,fok->bfo", (products - largest).exp(), weight)
+        sums = torch.einsum("fbk,fok->fbo", (products - largest).exp(), weight)
         values.append(sums.log() + largest)
-    return values[-1][:, 0]
+    return values[-1][0]
 
 
 def contenders(
@@ -88,5 +88,10 @@ def case(side: int, units: int, categories: int, batch: int, bar: float | None) 
 
 BENCH = Bench(
     "circuit_step",
-    [case(8, 16, 17, 256, None), case(16, 32, 256, 256, None), case(28, 32, 256, 512, 2.0)],
+    [
+        case(8, 16, 17, 256, None),
+        case(16, 32, 256, 256, None),
+        case(28, 32, 2, 512, 2.0),
+        case(28, 32, 256, 512, 2.0),
+    ],
 )
