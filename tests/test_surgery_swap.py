@@ -141,6 +141,25 @@ def test_what_returns_is_in_the_mode_and_dtype_of_now(model):
     assert not model[0].training
 
 
+def test_what_returns_is_like_what_it_takes_the_place_of(model):
+    swap(model, "3", like, init="fresh")
+    model[3].double().eval()
+    model.add_module("next", nn.Linear(4, 4))
+    assert restore(model) == ("3",)
+    assert model[3].weight.dtype is torch.float64
+    assert [layer.training for layer in model] == [True, True, True, False, True]
+    assert model[0].weight.dtype is torch.float32
+
+
+def test_notes_come_after_those_that_are_there(model):
+    def change(model):
+        return replace(model, nn.ReLU, lambda old: nn.Tanh())
+
+    report = convert(model, change, notes=("one",)).with_notes("two", "three")
+    assert report.notes == ("one", "two", "three")
+    assert str(report).splitlines()[-2:] == ["note: two", "note: three"]
+
+
 def test_restore_puts_back_attributes_hooks_and_added_children(model):
     model.mode = "old"
 

@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +13,8 @@ from torch.utils.data import TensorDataset
 
 from tests.finetuning.runs import RECIPE, data, network, train, train_on_rank
 from torchzoo.errors import TorchzooError, UnknownNameError
-from torchzoo.finetuning import Recipe, Task, classification, finetune
+from torchzoo.finetuning import Recipe, Task, checkpoints, classification, finetune
+from torchzoo.finetuning.loop import Loop
 from torchzoo.testing.ranks import run_ranks
 
 PLAIN = Recipe(epochs=3, batch_size=12, lr=0.02, clip=0.5, warmup=0.3, seed=3)
@@ -146,6 +148,45 @@ def test_lower_may_be_better(tmp_path):
     )
     run = finetune(nn.Linear(6, 1), task, data(), data(), PLAIN, device="cpu", out=tmp_path)
     assert run.best == min(row["error"] for row in run.history) == run.history[-1]["error"]
+
+
+def test_the_first_of_equals_stays_the_best(tmp_path):
+    task = dataclasses.replace(
+        classification(), score=lambda model, x, y: torch.zeros(len(x)), higher=False
+    )
+    seen = []
+    model = network(norm=False)
+    finetune(
+        *(model, task, data(), data(), dataclasses.replace(PLAIN, epochs=2)),
+        out=tmp_path,
+        device="cpu",
+        progress=lambda *_: seen.append(weights(model)),
+    )
+    close(load_file(tmp_path / "best.safetensors"), seen[4], atol=0, rtol=0)
+    close(load_file(tmp_path / "last.safetensors"), seen[9], atol=0, rtol=0)
+
+
+def test_without_a_number_of_steps_each_epoch_is_saved(tmp_path):
+    train(tmp_path, dataclasses.replace(PLAIN, epochs=2))
+    assert checkpoints.steps(tmp_path / "checkpoints") == [5, 10]
+
+
+def test_a_process_without_rows_adds_nothing(monkeypatch):
+    rows = data(rows=49)  # in batches of 12 the last one has a row for the first process only
+    loop = Loop(network(), classification(), rows, rows, PLAIN, None, "cpu", False)
+    whole, parts, drawn = loop.evaluate(), [], []
+    monkeypatch.setattr(loop, "_mean", lambda sums: parts.append(sums) or sums)
+    for rank in range(2):
+        loop.accelerator = SimpleNamespace(
+            num_processes=2, process_index=rank, device=torch.device("cpu")
+        )
+        loop.evaluate()
+        loop._seed(3)
+        drawn.append(torch.rand(4))
+    loss, score, count = sum(parts).tolist()
+    assert [int(part[2]) for part in parts] == [25, 24]
+    assert (loss / count, score / count) == pytest.approx(whole)
+    assert not torch.equal(*drawn)
 
 
 def test_randomness_is_seeded_by_the_step_and_by_nothing_else():

@@ -57,6 +57,21 @@ def test_dtype_and_mode_are_those_of_the_layer(dtype):
     assert not layer.experts.training
 
 
+@pytest.mark.parametrize("activation", [nn.ReLU(), nn.Tanh()])
+@pytest.mark.parametrize("training", [True, False])
+def test_the_mode_is_taken_over_and_left_as_it_was(activation, training):
+    mlp = nn.Sequential(nn.Linear(4, 8), activation, nn.Linear(8, 4)).train(training)
+    layer = upcycle(mlp)
+    assert {module.training for one in (mlp, layer) for module in one.modules()} == {training}
+
+
+def test_layers_on_the_meta_device_have_a_stacked_form():
+    mlp = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4)).to("meta")
+    layer = upcycle(mlp, num_experts=3)
+    assert layer.experts.w_in.shape == (3, 4, 8)
+    assert all(parameter.is_meta for parameter in layer.parameters())
+
+
 def test_biases_of_one_layer_only():
     mlp = nn.Sequential(nn.Linear(4, 8, bias=False), nn.GELU(), nn.Linear(8, 4))
     layer = upcycle(mlp, num_experts=2, k=1)
@@ -81,7 +96,7 @@ def test_a_layer_that_only_looks_like_a_known_one_is_copied():
             self.fc1, self.act, self.fc2 = nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 4)
 
         def forward(self, x):
-            return 0.5 * self.fc2(self.act(self.fc1(x)))
+            return 1.01 * self.fc2(self.act(self.fc1(x)))
 
     mlp = Scaled()
     layer = upcycle(mlp)

@@ -247,8 +247,8 @@ class Loop:
         }
         state.history.append(row)
         state.loss_sum = 0.0
-        better = state.best is None or (score > state.best) is self.task.higher
-        if better and score != state.best:
+        best, higher = state.best, self.task.higher
+        if best is None or (score > best if higher else score < best):
             state.best = score
             self._write_weights("best")
         if self.out and self.accelerator.is_main_process:

@@ -133,6 +133,7 @@ def save_plot(result: dict[str, Any], path: Path) -> None:
     points.set(xticks=[0, 1], xlim=(-0.5, 1.6), ylabel="accuracy", title="each seed, mean ± s.e.")
     points.set_xticklabels([f"{name} the swap" for name in result["runs"]])
     course.set(xlabel="epoch", ylabel="accuracy", title="in training")
+    course.xaxis.get_major_locator().set_params(integer=True)
     course.legend(frameon=False)
     labels, ratios = zip(*_ratios(result["cost"]), strict=True)
     costs.barh(labels, ratios, color=colors[WITH])
