@@ -362,7 +362,7 @@ class KnowledgeMixture(ZooModel):
 
     Example:
         >>> shape, colour = KnowledgeCircuit(3, [(0, 1, 3.0)]), KnowledgeCircuit(3, [(0, 2, 3.0)])
-        >>> KnowledgeCircuit.mixture([shape, colour]).beta
+        >>> KnowledgeMixture([shape, colour]).beta
         tensor([[0.5000, 1.0000, 0.0000],
                 [0.5000, 0.0000, 1.0000]])
     """

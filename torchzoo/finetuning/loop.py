@@ -71,6 +71,7 @@ def finetune(
 
     Example:
         >>> from torch.utils.data import TensorDataset
+        >>> from torchzoo.finetuning import classification
         >>> x = torch.randn(32, 3)
         >>> data = TensorDataset(x, (x[:, 0] > 0).long())
         >>> run = finetune(nn.Linear(3, 2), classification(), data, data, Recipe(lr=0.1))
