@@ -14,10 +14,12 @@ import torch
 from torch import Tensor
 
 from torchzoo.ops import (
+    categorical_log_prob,
     cauchy,
     crrelu,
     delta_conv2d_step,
     delta_linear_step,
+    diagonal_step,
     grouped_ffn,
     grouped_mm,
     hyrelu,
@@ -67,6 +69,8 @@ def results() -> list[Tensor]:
     drive, start = (torch.view_as_complex(normal(*s, 3, 11, 2)) for s in ((2, 70), (2,)))
     spaces = [vandermonde(v, 0.01 * log_x, 200), cauchy(v, 5 + log_x, a_bar)]
     spaces += [lti_scan(0.2 * a_bar, drive, start)]
+    a_pairs, b_pairs = normal(3, 11, 2), normal(3, 11, 2)
+    spaces += diagonal_step(normal(2, 3), start, a_pairs, b_pairs, normal(2, 3, 11, 2))
     spaces = [torch.view_as_real(t) if t.is_complex() else t for t in spaces]
     level, mixed, mixing, pairs = (
         normal(3, 7, 5),
@@ -76,6 +80,7 @@ def results() -> list[Tensor]:
     )
     logs = [log_einsum_exp(level, mixing.square()), log_einsum_exp2(level, mixed, pairs.square())]
     logs += [log_max_sum(level, mixing.square())[0]]
+    logs += [categorical_log_prob(mixing, torch.arange(12).view(3, 4) % 6)]
     words = rans_encode(
         torch.arange(900) % 3, torch.tensor([0, 9, 11, 16]).expand(900, 4), precision=4
     )

@@ -23,8 +23,14 @@ def has_nvcc() -> bool:
         return False
 
 
-# On a GPU these run step by step, on the kernels of the operators that they are made of.
-COMPOSED = {"cauchy", "grouped_ffn", "grouped_ffn_backward"}
+# On a GPU these run step by step, on torch's kernels and those of other operators.
+COMPOSED = {
+    "categorical_log_prob",
+    "categorical_log_prob_backward",
+    "cauchy",
+    "grouped_ffn",
+    "grouped_ffn_backward",
+}
 # An entropy coder's integers, and the sums that its tables are made from.
 CPU_ONLY = {"ordered_matmul", "rans_decode", "rans_encode", "rans_tables"}
 

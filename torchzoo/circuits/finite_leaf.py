@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from torchzoo.circuits.leaf import Leaf, draw
+from torchzoo.ops.categorical_log_prob import categorical_log_prob
 from torchzoo.ops.log_einsum_exp import log_einsum_exp
 
 __all__ = ["FiniteLeaf"]
@@ -27,9 +28,9 @@ class FiniteLeaf(Leaf):
     def log_table(self) -> Tensor:
         """`(F, C, K)`, or `(1, C, K)` if shared: log-probabilities of all values."""
 
-    def log_tables(self, sizes: list[int]) -> Sequence[Tensor]:
-        """Tables of consecutive folds, so many at a time."""
-        return self.log_table().split(sizes)
+    def scores(self) -> Tensor:
+        """The table up to a constant for each unit, where that takes less to compute."""
+        return self.log_table()
 
     @abstractmethod
     def fit_counts(self, counts: Tensor, step_size: float) -> None:
@@ -48,30 +49,31 @@ class FiniteLeaf(Leaf):
         return self.log_table().expand(self.num_folds, -1, -1)
 
     def _rows(self, x: Tensor) -> Tensor:
-        """`(F, B)`, the rows of the stored table, or of a part of it, that values read."""
-        folds = 1 if self.shared else len(x)
-        first = torch.arange(folds, device=x.device) * self.num_categories
+        """`(F, B)`, the rows of the stored table that values read."""
+        first = torch.arange(self.stored_folds, device=x.device) * self.num_categories
         return x.long() + first[:, None]
 
-    def _look_up(self, table: Tensor, x: Tensor) -> Tensor:
-        return F.embedding(self._rows(x), table.flatten(0, 1))
+    def _log_prob(self, scores: Tensor, x: Tensor) -> Tensor:
+        if not self.shared:
+            return categorical_log_prob(scores, x.long())
+        found = categorical_log_prob(scores, x.long().reshape(1, -1))
+        return found.view(*x.shape, self.num_units)
 
     def log_prob(self, x: Tensor) -> Tensor:
         """See `Leaf.log_prob`."""
-        return self._look_up(self.log_table(), x)
+        return self._log_prob(self.scores(), x)
 
     def log_prob_chunks(self, x: Tensor, sizes: Sequence[int]) -> list[Tensor]:
         """See `Leaf.log_prob_chunks`."""
-        sizes = list(sizes)
-        tables = [self.log_table()] * len(sizes) if self.shared else self.log_tables(sizes)
-        chunks = zip(x.split(sizes), tables, strict=True)
-        return [self._look_up(table, part) for part, table in chunks]
+        scores, sizes = self.scores(), list(sizes)
+        parts = [scores] * len(sizes) if self.shared else scores.split(sizes)
+        return [self._log_prob(*chunk) for chunk in zip(parts, x.split(sizes), strict=True)]
 
     def log_cdf(self, x: Tensor) -> Tensor:
         """See `Leaf.log_cdf`."""
         sums = self.log_table().logcumsumexp(1)
         below = torch.cat([torch.full_like(sums[:, :1], -torch.inf), sums[:, :-1]], 1)
-        return self._look_up(below, x)
+        return F.embedding(self._rows(x), below.flatten(0, 1))
 
     def log_prob_soft(self, log_w: Tensor) -> Tensor:
         """See `Leaf.log_prob_soft`."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -68,9 +67,9 @@ class CategoricalLeaf(FiniteLeaf):
         """See `FiniteLeaf.log_table`."""
         return self.logits.log_softmax(1)
 
-    def log_tables(self, sizes: list[int]) -> Sequence[Tensor]:
-        """See `FiniteLeaf.log_tables`; one after the other, so that gradients stay small."""
-        return [logits.log_softmax(1) for logits in self.logits.split(sizes)]
+    def scores(self) -> Tensor:
+        """See `FiniteLeaf.scores`."""
+        return self.logits
 
     @torch.no_grad()
     def set_probs(self, probs: Tensor) -> None:

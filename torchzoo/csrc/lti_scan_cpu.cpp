@@ -4,7 +4,7 @@
 // A task is a sequence and a stretch of states, walked step by step: the input is read once and the
 // states are written once, the last ones being found in the cache. da is summed over SPAN steps,
 // then over those in double precision, then over the sequences in their order.
-#include "cpu.h"
+#include "pairs.h"
 
 #include <memory>
 
@@ -13,17 +13,6 @@ namespace {
 
 constexpr int64_t STATES = 256;  // of a task
 constexpr int64_t SPAN = 64;
-
-template <int bytes, class T>
-struct Pairs {  // complex numbers, interleaved
-  typedef T Vec __attribute__((vector_size(bytes)));
-  typedef T Loose __attribute__((vector_size(bytes), aligned(alignof(T)), may_alias));
-};
-
-template <class Vec, size_t... lane>
-TZ_INLINE void swap_lanes(Vec& x, std::index_sequence<lane...>) {
-  x = __builtin_shufflevector(x, x, (lane ^ 1)...);
-}
 
 template <class T>
 struct Factors {  // of a stretch: a x = re * x + im * (x with Re and Im exchanged)

@@ -5,10 +5,12 @@ Importing the operators loads the kernel libraries that are there (see `torchzoo
 
 from torchzoo.ops import library
 from torchzoo.ops.block_log_einsum_exp import block_sparse_log_einsum_exp
+from torchzoo.ops.categorical_log_prob import categorical_log_prob
 from torchzoo.ops.cauchy import cauchy
 from torchzoo.ops.crrelu import crrelu
 from torchzoo.ops.delta_conv2d import delta_conv2d, delta_conv2d_step
 from torchzoo.ops.delta_linear import delta_linear, delta_linear_step, delta_scan
+from torchzoo.ops.diagonal_step import diagonal_step
 from torchzoo.ops.grouped_ffn import grouped_ffn
 from torchzoo.ops.grouped_mm import grouped_mm
 from torchzoo.ops.hyrelu import hyrelu
@@ -42,6 +44,7 @@ __all__ = [
     "SpGEMMPlan",
     "SpGEMMStats",
     "block_sparse_log_einsum_exp",
+    "categorical_log_prob",
     "cauchy",
     "crrelu",
     "delta_conv2d",
@@ -49,6 +52,7 @@ __all__ = [
     "delta_linear",
     "delta_linear_step",
     "delta_scan",
+    "diagonal_step",
     "frequency_tables",
     "grouped_ffn",
     "grouped_mm",

@@ -22,8 +22,9 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from torchzoo.ops import vandermonde
-from torchzoo.registry import Example, register
+from torchzoo import peers
+from torchzoo.ops import diagonal_step, vandermonde
+from torchzoo.registry import Comparison, Example, register
 from torchzoo.ssm.functional import discretise, log_transition
 from torchzoo.ssm.init import check_d_state, s4d_init
 from torchzoo.ssm.layer import SSMKernel, SSMLayer, flush_right
@@ -206,21 +207,14 @@ class S4DKernel(SSMKernel):
     def coefficients(self, rate: float = 1.0) -> tuple[Tensor, ...]:
         log_Abar, Bbar, C = self.discrete(rate)
         readout = 2 * torch.stack([C.real, -C.imag], -1)  # 2 Re(C x) as a real product
-        return (
-            log_Abar.exp().to(self._complex),
-            torch.view_as_real(Bbar).to(self._real),
-            readout.to(self._real),
-        )
+        parts = torch.view_as_real(log_Abar.exp()), torch.view_as_real(Bbar), readout
+        return tuple(part.to(self._real) for part in parts)
 
     def initial_state(self, *batch: int) -> Tensor:
         return torch.zeros(*batch, *self.state_shape, device=self.C.device, dtype=self._complex)
 
     def step(self, u: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-        Abar, Bbar, readout = self.prepared()
-        turned = torch.view_as_real(Abar * state)
-        parts = torch.addcmul(turned, Bbar, u[..., None, None])  # real from here on: it is faster
-        y = (readout * parts[..., None, :, :, :]).sum((-2, -1))
-        return y, torch.view_as_complex(parts)
+        return diagonal_step(u, state, *self.prepared())
 
     def extra_repr(self) -> str:
         init = self.init if isinstance(self.init, str) else "given"
@@ -272,6 +266,9 @@ def _powers(log_x: Tensor, count: int) -> Tensor:
             "activation": "step",
             "post": "mean",
         },
+    ),
+    compare=lambda: Comparison(
+        {"d_model": 256, "d_state": 64}, (torch.randn(4, 1024, 256),), peers.SEQUENCES
     ),
 )
 class S4D(SSMLayer):
