@@ -44,6 +44,21 @@ class Example:
 
 
 @dataclass(frozen=True)
+class Comparison:
+    """What a module is measured against, at a size where speed counts.
+
+    Attributes:
+        kwargs: Keyword arguments of the constructor.
+        inputs: Positional inputs of `forward`.
+        peers: By name, what builds a module for the same job from the same keyword arguments.
+    """
+
+    kwargs: Mapping[str, Any]
+    inputs: tuple[torch.Tensor, ...]
+    peers: Mapping[str, Callable[..., nn.Module]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Card:
     """What the zoo knows about a registered module."""
 
@@ -51,6 +66,7 @@ class Card:
     paper: int | None
     example: Callable[[], Example]
     exempt: Mapping[str, str]
+    compare: Callable[[], Comparison] | None = None
 
     @property
     def name(self) -> str:
@@ -76,6 +92,7 @@ def register(
     paper: int | None = None,
     example: Callable[[], Example],
     exempt: Mapping[str, str] | None = None,
+    compare: Callable[[], Comparison] | None = None,
 ) -> Callable[[M], M]:
     """Class decorator that gives a module its card.
 
@@ -84,6 +101,7 @@ def register(
         example: Makes a fresh `Example`.
         exempt: Capabilities (see `CAPABILITIES`) that lift checks of the contract, each with the
             reason, shown by `torchzoo info`.
+        compare: Makes the `Comparison` that `torchzoo bench` runs.
 
     Raises:
         ValueError: An unknown capability, an empty reason, or a name that the family already has.
@@ -96,7 +114,7 @@ def register(
             raise ValueError(f"exempt: {capability!r} needs a reason")
 
     def decorate(cls: M) -> M:
-        card = Card(cls, paper, example, lifted)
+        card = Card(cls, paper, example, lifted, compare)
         old = _cards.get(card.key)
         if old and (old.cls.__module__, old.cls.__qualname__) != (cls.__module__, cls.__qualname__):
             raise ValueError(

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from torchzoo.experiments.finetune import timing
+from torchzoo import timing
 
 MODEL = ("--model", "timm:test_resnet")
 SWAP = ("--swap", "relu=CRReLU")
@@ -103,4 +103,22 @@ def test_bench_of_a_model_with_and_without_a_swap(run, tmp_path, monkeypatch):
     for wrong in ((), (*MODEL, "--op", "grouped_mm")):
         code, _, err = run("bench", *wrong)
         assert code == 2
-        assert "expected one of --op and --model" in err
+        assert "expected one of LAYER, --op and --model" in err
+
+
+def test_bench_of_a_layer_and_its_peers(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(timing, "WARM_UP", 0.0)
+    file, plot = tmp_path / "bench.json", tmp_path / "bench.png"
+    options = ("--shapes", "4x8", "--shapes", "16x8", "--rounds", 3, "--json", file, "--plot", plot)
+    code, out, err = run("bench", "CRReLU", "--against", "GELU", *options)
+    assert (code, err) == (0, "")
+    assert "step, ms" in out
+    result = json.loads(file.read_text())
+    assert {size: [*rows] for size, rows in result.items()} == {
+        "4x8": ["CRReLU", "GELU"],
+        "16x8": ["CRReLU", "GELU"],
+    }
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    code, out, err = run("bench", "CRReLU", "--against", "Gelu")
+    assert (code, out) == (2, "")
+    assert "no peer 'Gelu'" in err

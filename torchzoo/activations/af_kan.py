@@ -28,11 +28,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from torchzoo import peers
 from torchzoo.activations.basis import ACTIVATIONS, check_choice, check_count
 from torchzoo.activations.kan import compute_type, in_tiles
 from torchzoo.activations.pair_basis import PairBasis
 from torchzoo.hub import ZooModel
-from torchzoo.registry import Example, register
+from torchzoo.registry import Comparison, Example, register
 
 __all__ = ["AFKAN", "AFKANLayer", "PairBasis"]
 
@@ -83,6 +84,9 @@ def _input(width: int) -> tuple[Tensor]:
             "norm": "group",
             "func_norm": "layer",
         },
+    ),
+    compare=lambda: Comparison(
+        {"in_features": 64, "out_features": 64}, (torch.randn(256, 64),), peers.LINEAR
     ),
 )
 class AFKANLayer(ZooModel):

@@ -20,9 +20,10 @@ import math
 import torch
 from torch import Tensor
 
+from torchzoo import peers
 from torchzoo.activations.base import ActivationBase
 from torchzoo.ops import crrelu
-from torchzoo.registry import Example, register
+from torchzoo.registry import Comparison, Example, register
 
 __all__ = ["CRReLU", "crrelu"]
 
@@ -34,6 +35,7 @@ __all__ = ["CRReLU", "crrelu"]
         (torch.randn(3, 4),),
         bad_options={"init": math.nan, "num_parameters": 0},
     ),
+    compare=lambda: Comparison({}, (torch.randn(512, 4096),), peers.ACTIVATIONS),
 )
 class CRReLU(ActivationBase):
     """ReLU with a correction around zero whose size is learned.

@@ -25,6 +25,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from torchzoo import peers
 from torchzoo.activations.evonorm_functions import (
     affine,
     batch_and_space,
@@ -39,7 +40,7 @@ from torchzoo.activations.evonorm_functions import (
     widened,
 )
 from torchzoo.hub import ZooModel
-from torchzoo.registry import Example, register
+from torchzoo.registry import Comparison, Example, register
 
 __all__ = [
     "EvoNormB0",
@@ -236,7 +237,14 @@ def _sample_card(x: tuple[int, ...]) -> Example:
     return Example({"num_features": x[1], "groups": 2}, (torch.randn(x),), bad_options=bad)
 
 
-@register(paper=40, example=lambda: _batch_card((3, 4, 2, 3)), exempt=_FIXED_RANK)
+@register(
+    paper=40,
+    example=lambda: _batch_card((3, 4, 2, 3)),
+    exempt=_FIXED_RANK,
+    compare=lambda: Comparison(
+        {"num_features": 64}, (torch.randn(32, 64, 32, 32),), peers.NORM_ACTIVATIONS
+    ),
+)
 class EvoNormB0(_BatchEvoNorm):
     """Batch and instance deviation in place of BatchNorm and ReLU, for large batches.
 
@@ -337,7 +345,14 @@ class EvoNormB2(_BatchEvoNorm):
         return instance_rms(x, self.eps) - x
 
 
-@register(paper=40, example=lambda: _sample_card((3, 4, 2, 3)), exempt=_FIXED_RANK)
+@register(
+    paper=40,
+    example=lambda: _sample_card((3, 4, 2, 3)),
+    exempt=_FIXED_RANK,
+    compare=lambda: Comparison(
+        {"num_features": 64}, (torch.randn(32, 64, 32, 32),), peers.NORM_ACTIVATIONS
+    ),
+)
 class EvoNormS0(_SampleEvoNorm):
     """A gated value over its group's deviation in place of GroupNorm and SiLU.
 

@@ -26,6 +26,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from torchzoo import peers
 from torchzoo.activations.basis import ActivationBasis, FourierBasis, UnivariateBasis, check_count
 from torchzoo.activations.local_basis import (
     RBFBasis,
@@ -37,7 +38,7 @@ from torchzoo.activations.pair_basis import PairBasis
 from torchzoo.activations.polynomial_basis import ChebyshevBasis, GramBasis, JacobiBasis
 from torchzoo.activations.spline_basis import BSplineBasis
 from torchzoo.hub import ZooModel
-from torchzoo.registry import Example, register
+from torchzoo.registry import Comparison, Example, register
 
 TILE = 2**20  # features that are held at once, 4 MiB of float32
 
@@ -129,7 +130,12 @@ def compute_type(x: Tensor) -> Tensor:
             "out_features": 0,
             "basis": "spline",
         },
-    )
+    ),
+    compare=lambda: Comparison(
+        {"in_features": 256, "out_features": 256, "basis": BSplineBasis(5, 3)},
+        (torch.rand(256, 256) - 0.5,),
+        peers.LINEAR,
+    ),
 )
 class KANLinear(ZooModel):
     """A linear layer with a learned function on each edge, in the span of a basis.

@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from einops import repeat
 from torch import Tensor, nn
 
+from torchzoo import peers
 from torchzoo.activations.basis import check_choice, check_count
 from torchzoo.activations.kan import compute_type, make_basis
 from torchzoo.activations.pooled import (
@@ -37,7 +38,7 @@ from torchzoo.activations.pooled import (
     check_pool,
 )
 from torchzoo.hub import ZooModel
-from torchzoo.registry import Example, register
+from torchzoo.registry import Comparison, Example, register
 
 
 @register(
@@ -52,6 +53,9 @@ from torchzoo.registry import Example, register
             "gate": "edge",
             "group_size": 2,
         },
+    ),
+    compare=lambda: Comparison(
+        {"in_features": 64, "out_features": 64}, (2 * torch.rand(256, 64) - 1,), peers.LINEAR
     ),
 )
 class SKANLinear(PooledKAN):

@@ -18,9 +18,10 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from torchzoo import peers
 from torchzoo.attention.gaussian_adaptive import MultiHeadGaussianAdaptiveAttention
 from torchzoo.hub import ZooModel
-from torchzoo.registry import Example, register
+from torchzoo.registry import Comparison, Example, register
 
 
 @register(
@@ -29,6 +30,11 @@ from torchzoo.registry import Example, register
         {"dim": 6, "num_heads": 2},
         (torch.randn(2, 7, 6, generator=torch.Generator().manual_seed(0)),),
         bad_options={"dim": 0, "num_heads": 0, "mlp_ratio": 0, "dropout": 1.5, "norm_dim": 0},
+    ),
+    compare=lambda: Comparison(
+        {"dim": 256, "num_heads": 8},
+        (torch.randn(4, 256, 256),),
+        {"TransformerEncoderLayer": peers.SEQUENCES["TransformerEncoderLayer"]},
     ),
 )
 class GaussianAdaptiveTransformerBlock(ZooModel):

@@ -86,7 +86,7 @@ def cost_rows(costs: list[dict[str, Any]]) -> list[tuple[str, list[str]]]:
     """What models cost, a label and a text for each model."""
     rows = [
         ("parameters", [f"{cost['parameters']:,}" for cost in costs]),
-        ("MFLOPs, forward", [f"{cost['flops'] / 1e6:,.1f}" for cost in costs]),
+        ("MFLOPs, forward", [_millions(cost["flops"]) for cost in costs]),
     ]
     for kind in (key for key in costs[0] if key not in ("parameters", "flops")):
         medians = [cost[kind]["seconds"]["median"] * 1e3 for cost in costs]
@@ -95,6 +95,11 @@ def cost_rows(costs: list[dict[str, Any]]) -> list[tuple[str, list[str]]]:
         if None not in peaks:
             rows.append((f"{kind}, peak MiB", [f"{peak / 2**20:.1f}" for peak in peaks]))
     return rows
+
+
+def _millions(flops: int) -> str:
+    """A dash where torch's counter knows none of the operators."""
+    return f"{flops / 1e6:,.1f}" if flops else "–"
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""`torchzoo bench`: an operator and its peers, or a model and its swapped self, side by side."""
+"""`torchzoo bench`: a layer, an operator or a model beside what it competes with."""
 
 from __future__ import annotations
 
@@ -12,79 +12,103 @@ from rich.table import Table
 from torchzoo.catalogue import suggest
 from torchzoo.cli._models import Swaps, cost_rows
 from torchzoo.cli._output import new_table, print_json, stderr, stdout, working
+from torchzoo.cli._where import Device, resolve_device
 from torchzoo.errors import UnknownNameError
 from torchzoo.files import write_json
 
 
 def bench(
-    op: Annotated[str | None, typer.Option(help="The operator.", show_default=False)] = None,
+    layer: Annotated[
+        str | None,
+        typer.Argument(help="A layer: S4D, or S4D(d_model=512) for its size.", show_default=False),
+    ] = None,
+    op: Annotated[str | None, typer.Option(help="An operator instead.", show_default=False)] = None,
     model: Annotated[
         str | None,
         typer.Option(
-            help="Instead of --op a model: timm:NAME, torchvision:NAME, transformers:TYPE.",
+            help="A model instead: timm:NAME, torchvision:NAME, transformers:TYPE.",
             show_default=False,
         ),
     ] = None,
+    against: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Of a layer: one of its peers, another layer, or a class such as torch.nn.GELU; "
+            "all of its peers by default; may be repeated.",
+            show_default=False,
+        ),
+    ] = None,
+    shapes: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Of a layer: shapes of its inputs, 8x1024x512 or 8x16,8x64x16; may be repeated.",
+            show_default=False,
+        ),
+    ] = None,
+    backward: Annotated[
+        bool, typer.Option(help="Of a layer: also measure a training step.")
+    ] = True,
     swaps: Swaps = None,
     size: Annotated[int, typer.Option(min=1, help="Of --model: pixels of an image.")] = 224,
     batch_size: Annotated[int, typer.Option(min=1, help="Of --model: images a call.")] = 8,
     compiled: Annotated[
-        bool, typer.Option("--compile", help="Of --model: also measure it compiled.")
+        bool, typer.Option("--compile", help="Of a layer or --model: also measure it compiled.")
     ] = False,
-    device: Annotated[str, typer.Option(help="Where to run: cpu or cuda.")] = "cpu",
+    device: Annotated[Device, typer.Option(help="Where to run; auto takes CUDA.")] = Device.cpu,
     rounds: Annotated[int, typer.Option(min=3, help="Calls of each contender a case.")] = 15,
     case: Annotated[
-        list[str] | None, typer.Option(help="Only cases whose name holds this; may be repeated.")
+        list[str] | None,
+        typer.Option(help="Of --op: only cases whose name holds this; may be repeated."),
     ] = None,
     json_file: Annotated[
         Path | None,
         typer.Option("--json", help="Save the figures here; - prints them.", show_default=False),
     ] = None,
     plot: Annotated[
-        Path | None, typer.Option(help="Save a log-log plot here (PNG).", show_default=False)
+        Path | None, typer.Option(help="Save a plot here (PNG).", show_default=False)
     ] = None,
 ) -> None:
-    """Time an operator against its peers, or a model against itself with layers swapped.
+    """Time a layer or an operator against its peers, or a model against itself with layers swapped.
 
     What counts is the ratio of medians in one run, so run it on a machine that does nothing else.
 
-    Example: [bold]torchzoo bench --op grouped_mm --rounds 5[/bold]
+    Example: [bold]torchzoo bench S4D --shapes 8x1024x256[/bold]
     """
-    if (op is None) is (model is None):
-        raise typer.BadParameter("expected one of --op and --model")
-    if op is None:
-        assert model is not None
-        result = _models(model, tuple(swaps or ()), size, batch_size, device, rounds, compiled)
-        if str(json_file) == "-":
-            print_json(result)
-            return
-        if json_file:
-            write_json(json_file, result)
-        stdout().print(_cost_table(result))
-        return
+    if sum(thing is not None for thing in (layer, op, model)) != 1:
+        raise typer.BadParameter("expected one of LAYER, --op and --model")
     with working("importing torch"):
-        from torchzoo import benchmark
+        target = resolve_device(device)
+    if op is not None:
+        result = _operator(op, target, rounds, case or ())
+        shown = [_operator_table(result)]
+    elif model is not None:
+        result = _models(model, tuple(swaps or ()), size, batch_size, target, rounds, compiled)
+        shown = [_cost_table("", result)]
+    else:
+        assert layer is not None
+        asked = (tuple(against or ()), tuple(shapes or ()), target, rounds, backward, compiled)
+        result = _layers(layer, *asked)
+        shown = [_cost_table(case_name, row) for case_name, row in result.items()]
+    if json_file and str(json_file) != "-":
+        write_json(json_file, result)
+    if plot:
+        _plot(result, plot, op is not None, layer is not None)
+    if str(json_file) == "-":
+        print_json(result)
+    else:
+        stdout().print(*shown)
 
-        definition = import_module(f"torchzoo.experiments.ops.{_known(op)}").BENCH
-        check_device(device)
-    console = stderr()
-    with console.status("") as status:
+
+def _operator(op: str, device: str, rounds: int, only: Any) -> dict[str, Any]:
+    from torchzoo import benchmark
+
+    definition = import_module(f"torchzoo.experiments.ops.{_known(op)}").BENCH
+    with stderr().status("") as status:
 
         def tick(done: int, total: int, text: str) -> None:
             status.update(f"{done}/{total} {text}")
 
-        result = benchmark.run(
-            definition, device=device, rounds=rounds, only=case or (), progress=tick
-        )
-    printed = str(json_file) == "-"
-    if json_file and not printed:
-        write_json(json_file, result)
-    if plot:
-        benchmark.save_plot(result, plot)
-    if printed:
-        print_json(result)
-    else:
-        stdout().print(benchmark.table(result))
+        return benchmark.run(definition, device=device, rounds=rounds, only=only, progress=tick)
 
 
 def _models(
@@ -103,10 +127,9 @@ def _models(
         import torch
 
         from torchzoo.experiments.finetune.models import load_model
-        from torchzoo.experiments.finetune.timing import time_models
         from torchzoo.swaps import apply
+        from torchzoo.timing import time_modules
 
-        check_device(device)
         plain, _ = load_model(name, classes=1000, size=size)
         models = {name: plain}
         if swaps:
@@ -115,24 +138,67 @@ def _models(
                 apply(swapped, swap)
         models = {label: model.to(device) for label, model in models.items()}
         images = torch.randn(batch_size, 3, size, size, device=device)
-        return time_models(models, images, rounds=rounds, compiled=compiled, progress=status.update)
+        return time_modules(
+            models, [images], rounds=rounds, compiled=compiled, progress=status.update
+        )
 
 
-def _cost_table(result: dict[str, Any]) -> Table:
+def _layers(
+    text: str,
+    against: tuple[str, ...],
+    shapes: tuple[str, ...],
+    device: str,
+    rounds: int,
+    backward: bool,
+    compiled: bool,
+) -> dict[str, Any]:
+    """Time, memory and operations of a layer and its peers, case by case."""
+    with working(f"building {text}") as status:
+        from torchzoo.contenders import contests
+        from torchzoo.timing import time_modules
+
+        result = {}
+        for case in contests(text, against=against, shapes=shapes, device=device):
+
+            def tick(what: str, name: str = case.name) -> None:
+                status.update(f"{name}: {what}")
+
+            result[case.name] = time_modules(
+                case.modules,
+                case.inputs,
+                rounds=rounds,
+                backward=backward,
+                compiled=compiled,
+                progress=tick,
+            )
+    return result
+
+
+def _operator_table(result: dict[str, Any]) -> Table:
+    from torchzoo import benchmark
+
+    table: Table = benchmark.table(result)
+    return table
+
+
+def _cost_table(title: str, result: dict[str, Any]) -> Table:
     table = new_table()
-    for column in ("", *result):
-        table.add_column(column, justify="right" if column else "left")
+    for column in (title, *result):
+        table.add_column(column, justify="left" if column == title else "right")
     for label, values in cost_rows(list(result.values())):
         table.add_row(label, *values)
     return table
 
 
-def check_device(device: str) -> None:
-    """Raise a BadParameter for CUDA where this torch sees none."""
-    import torch
+def _plot(result: dict[str, Any], path: Path, of_operator: bool, of_layer: bool) -> None:
+    if of_operator:
+        from torchzoo import benchmark
 
-    if device != "cpu" and not torch.cuda.is_available():
-        raise typer.BadParameter(f"--device {device}: this torch sees no CUDA device")
+        benchmark.save_plot(result, path)
+        return
+    from torchzoo.timing import save_plot
+
+    save_plot(next(iter(result.values())) if of_layer else result, path)
 
 
 def _known(op: str) -> str:

@@ -14,12 +14,14 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from torchzoo import peers
 from torchzoo.hub import ZooModel
 from torchzoo.moe.dense_to_sparse import ActivationDenseToSparseGate
 from torchzoo.moe.dispatch import DROP_POLICIES, sort_slots, unpermute_tokens
 from torchzoo.moe.experts import GroupedExperts
+from torchzoo.moe.gates import TopKGate
 from torchzoo.moe.routing import Routing, check_positive
-from torchzoo.registry import Example, register
+from torchzoo.registry import Comparison, Example, register
 
 
 def moe_layer(
@@ -91,6 +93,14 @@ def _check_capacity(capacity_factor: float | None, drop_policy: str) -> None:
         },
         inputs=(torch.randn(5, 6),),
         bad_options={"capacity_factor": 0.0},
+    ),
+    compare=lambda: Comparison(
+        {"gate": TopKGate(256, 8, k=2), "experts": GroupedExperts(256, 512, 8)},
+        (torch.randn(2048, 256),),
+        {
+            "Linear, ReLU, Linear of all experts": lambda **_: peers.feed_forward(256, 8 * 512),
+            "Linear, ReLU, Linear of two experts": lambda **_: peers.feed_forward(256, 2 * 512),
+        },
     ),
 )
 class MoELayer(ZooModel):

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from torchzoo import peers
 from torchzoo.hub import ZooModel
 from torchzoo.ops.delta_linear import (
     as_quantum,
@@ -25,7 +26,7 @@ from torchzoo.ops.delta_linear import (
     encode,
     state_dtype,
 )
-from torchzoo.registry import Example, register
+from torchzoo.registry import Comparison, Example, register
 
 _DENSE_ABOVE = 1.0  # changed inputs, of all streams together, for each input of the layer
 
@@ -137,6 +138,11 @@ class DeltaLayer(ZooModel):
             "resync_every": 0,
             "policy": "fast",
         },
+    ),
+    compare=lambda: Comparison(
+        {"in_features": 1024, "out_features": 1024},
+        (torch.randn(1, 1, 1024).expand(1, 64, -1).clone(),),
+        peers.LINEAR,
     ),
 )
 class DeltaLinear(DeltaLayer):

@@ -17,10 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from torchzoo import peers
 from torchzoo.hub import ZooModel
 from torchzoo.ops import sparse_ffn
 from torchzoo.ops.calling import values_readable
-from torchzoo.registry import Example, register
+from torchzoo.registry import Comparison, Example, register
 from torchzoo.sparsity.layouts import linear_weight, mlp_parts
 
 ACTIVATIONS = {
@@ -57,6 +58,9 @@ class _Kept:
             "top_k": 11,
             "policy": "fast",
         },
+    ),
+    compare=lambda: Comparison(
+        {"dim": 1024, "hidden_dim": 4096}, (torch.randn(1, 1024),), peers.FEED_FORWARD
     ),
 )
 class SparseFFN(ZooModel):

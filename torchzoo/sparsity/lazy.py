@@ -30,8 +30,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from torchzoo import peers
 from torchzoo.hub import ZooModel
-from torchzoo.registry import Example, register
+from torchzoo.registry import Comparison, Example, register
 from torchzoo.sparsity.ffn import SparseFFN, on_hidden
 from torchzoo.sparsity.hosts import FFN, find_ffns
 from torchzoo.surgery import Replaced
@@ -167,6 +168,9 @@ class TopKActivation(ZooModel):
         {"dim": 6, "hidden_dim": 10, "k": 4},
         (torch.randn(3, 6),),
         bad_options={"dim": 0, "hidden_dim": 0, "k": 11, "activation": "gelu", "policy": "fast"},
+    ),
+    compare=lambda: Comparison(
+        {"dim": 1024, "hidden_dim": 4096, "k": 128}, (torch.randn(1, 1024),), peers.FEED_FORWARD
     ),
 )
 class TopKFFN(SparseFFN):

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from torchzoo import peers
 from torchzoo.hub import ZooModel
-from torchzoo.registry import Example, register
+from torchzoo.registry import Comparison, Example, register
 from torchzoo.ssm.layer import SSMLayer
 
 
@@ -135,6 +136,9 @@ class S4Block(ZooModel):
         {"d_model": 4, "d_state": 6, "init": "inv", "bidirectional": True},
         (torch.randn(2, 5, 4),),
         bad_options={"d_model": 0, "d_state": 5, "dropout": 1.0, "disc": "euler"},
+    ),
+    compare=lambda: Comparison(
+        {"d_model": 256, "d_state": 64}, (torch.randn(4, 1024, 256),), peers.SEQUENCES
     ),
 )
 class S4DBlock(S4Block):

@@ -19,7 +19,8 @@ from typing import Any, Literal
 
 import torch
 
-from torchzoo.registry import Example, register
+from torchzoo import peers
+from torchzoo.registry import Comparison, Example, register
 from torchzoo.ssm.dplr import DPLRKernel
 from torchzoo.ssm.layer import SSMLayer
 
@@ -42,6 +43,9 @@ from torchzoo.ssm.layer import SSMLayer
             "channels": 0,
             "lr": -1.0,
         },
+    ),
+    compare=lambda: Comparison(
+        {"d_model": 256, "d_state": 64}, (torch.randn(4, 1024, 256),), peers.SEQUENCES
     ),
 )
 class S4(SSMLayer):

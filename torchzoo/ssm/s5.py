@@ -23,8 +23,9 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from torchzoo import peers
 from torchzoo.ops import lti_scan, vandermonde
-from torchzoo.registry import Example, register
+from torchzoo.registry import Comparison, Example, register
 from torchzoo.ssm.functional import discretise, log_transition
 from torchzoo.ssm.init import check_d_state, legs_normal_part
 from torchzoo.ssm.layer import SSMKernel, SSMLayer
@@ -233,6 +234,9 @@ def _real_times(u: Tensor, matrix: Tensor) -> Tensor:
             "activation": "step",
             "post": "mean",
         },
+    ),
+    compare=lambda: Comparison(
+        {"d_model": 256, "d_state": 64}, (torch.randn(4, 1024, 256),), peers.SEQUENCES
     ),
 )
 class S5(SSMLayer):

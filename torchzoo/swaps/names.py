@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import re
 from collections.abc import Callable
 from importlib import import_module
@@ -13,6 +12,7 @@ from torch import nn
 from torchzoo import registry
 from torchzoo.catalogue import suggest
 from torchzoo.errors import TorchzooError, UnknownNameError
+from torchzoo.options import parse_options
 from torchzoo.surgery import Init, Swapped
 from torchzoo.swaps.selectors import WORDS, activation_names, selector
 
@@ -53,18 +53,7 @@ def parse(text: str) -> Swap:
     match = _SWAP.fullmatch(text)
     if match is None:
         raise TorchzooError(f"swap {text!r}: expected selector=Layer or selector=Layer(option=…)")
-    try:
-        call = ast.parse(f"f({match[3] or ''})", mode="eval").body
-        assert isinstance(call, ast.Call)
-        if call.args or any(word.arg is None for word in call.keywords):
-            raise ValueError("an option without a name")
-        options = {str(word.arg): ast.literal_eval(word.value) for word in call.keywords}
-    except (SyntaxError, ValueError) as error:
-        raise TorchzooError(
-            f"swap {text!r}: expected options name=value with numbers, strings or lists, "
-            f"got {match[3]!r}"
-        ) from error
-    return Swap(match[1], match[2], options)
+    return Swap(match[1], match[2], parse_options(match[3] or "", f"swap {text!r}"))
 
 
 def apply(model: nn.Module, text: str, *, init: Init = "match", inputs: Any = None) -> Swapped:

@@ -16,10 +16,10 @@ import torch
 from torchzoo.experiment import describe, versions
 from torchzoo.experiments.finetune.datasets import load_data
 from torchzoo.experiments.finetune.jobs import Job, prepare, task_of
-from torchzoo.experiments.finetune.timing import time_models
 from torchzoo.files import atomic_path
 from torchzoo.finetuning import Recipe, finetune
 from torchzoo.swaps import apply
+from torchzoo.timing import time_modules
 
 WITHOUT, WITH = "without", "with"
 Progress = Callable[[int, int, str], None]
@@ -46,7 +46,7 @@ def compare(
 
     Returns:
         A JSON-ready object: for each of `without` and `with` the `accuracy`, `test_loss` and
-        `seconds` of each seed and the `curve` of accuracies, what `time_models` measures, and
+        `seconds` of each seed and the `curve` of accuracies, what `time_modules` measures, and
         `difference`: of the accuracies, seed by seed, mean and standard error.
     """
     runs: dict[str, list[dict[str, Any]]] = {WITHOUT: [], WITH: []}
@@ -59,7 +59,7 @@ def compare(
         if index == 0:
             rows = torch.stack([data.train[i][0] for i in range(recipe.batch_size)])
             placed = {name: copy.deepcopy(model).to(device) for name, model in models.items()}
-            cost = time_models(placed, rows.to(device))
+            cost = time_modules(placed, [rows.to(device)])
         for place, (name, model) in enumerate(models.items()):
             done = 2 * index + place
 
