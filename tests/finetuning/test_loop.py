@@ -219,6 +219,26 @@ def test_out_of_memory_says_what_to_try(error):
         finetune(network(), task, data(), data(), RECIPE, device="cpu")
 
 
+def test_out_of_memory_in_the_optimizer_or_the_evaluation(monkeypatch):
+    def full(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    def score(model, x, y):
+        return full()
+
+    task = Task(classification().loss, score)
+    with pytest.raises(TorchzooError, match="batch size of 12 in 2 part"):
+        finetune(network(), task, data(), data(), RECIPE, device="cpu")
+    monkeypatch.setattr(torch.optim.AdamW, "step", full)
+    with pytest.raises(TorchzooError, match="batch size of 12 in 2 part"):
+        finetune(network(), classification(), data(), data(), RECIPE, device="cpu")
+
+
+def test_there_is_nothing_to_resume_without_a_folder():
+    with pytest.raises(ValueError, match="out: expected the folder of the run to resume"):
+        finetune(network(), classification(), data(), data(), RECIPE, resume=True, device="cpu")
+
+
 def test_other_errors_are_not_taken_for_it():
     task = dataclasses.replace(classification(), loss=lambda model, x, y: model(x[:, :3]))
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):

@@ -13,7 +13,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -65,6 +65,7 @@ def finetune(
         progress: Called after each step with steps done, steps in all, and a line.
 
     Raises:
+        ValueError: `resume` without `out`.
         UnknownNameError: A glob of `freeze` fits no parameter.
         TorchzooError: No rows; a folder that holds a run where none is resumed, or one of another
             recipe or model; a batch that doesn't fit into memory; a loss that is not finite.
@@ -78,6 +79,8 @@ def finetune(
         >>> run.step, run.best > 0.8
         (10, True)
     """
+    if resume and out is None:
+        raise ValueError("out: expected the folder of the run to resume, got None")
     return Loop(model, task, train, test, recipe or Recipe(), out, device, fsdp).run(
         resume, progress
     )
@@ -118,6 +121,14 @@ class Loop:
     def run(self, resume: bool, progress: Progress) -> Run:
         if self.out:
             self._load() if resume else self._check_new(self.out)
+        with self._memory():
+            self._train(progress)
+        self.accelerator.wait_for_everyone()
+        self._finish()
+        return self.state
+
+    def _train(self, progress: Progress) -> None:
+        """Do the steps that are left, with an evaluation after each epoch."""
         state, start = self.state, time.perf_counter()
         save_every = self.recipe.save_every or self.epoch_steps
         while state.step < self.steps:
@@ -131,9 +142,6 @@ class Loop:
                 metric = self.task.metric
                 text = f"  {metric} {state.history[-1][metric]:.3f}" if state.history else ""
                 progress(state.step, self.steps, f"loss {loss:.3g}{text}")
-        self.accelerator.wait_for_everyone()
-        self._finish()
-        return state
 
     def _epoch(self, epoch: int, done: int) -> Iterator[float]:
         """Do the steps of an epoch that are left, each when its loss is asked for."""
@@ -171,12 +179,17 @@ class Loop:
 
     def _backward(self, batch: Sequence[Tensor], share: float) -> float:
         """Add the gradient of a part's loss times its share; gives that."""
+        batch = [value.to(self.accelerator.device) for value in batch]
+        loss = self.task.loss(self.model, *batch) * share
+        self.accelerator.backward(loss)
+        return float(loss.detach())
+
+    @contextmanager
+    def _memory(self) -> Iterator[None]:
+        """Say what to do where memory runs out."""
         size, parts = self.recipe.batch_size, self.recipe.accumulate
         try:
-            batch = [value.to(self.accelerator.device) for value in batch]
-            loss = self.task.loss(self.model, *batch) * share
-            self.accelerator.backward(loss)
-            return float(loss.detach())
+            yield
         except RuntimeError as error:
             if not _out_of_memory(error):
                 raise
