@@ -64,7 +64,7 @@ def test_finetune_writes_its_run_and_goes_on(run, tmp_path):
     ("options", "code", "message"),
     [
         (("--data", "folder:/nowhere/at/all"), 1, "there is no such folder"),
-        (("--data", "mnist"), 2, "expected digits, folder:PATH or torchvision:NAME"),
+        (("--data", "mnist"), 2, "expected digits, folder:PATH, torchvision:NAME"),
         (("--warmup", "2"), 1, "--warmup: expected a share"),
         (("--freeze", "fc.wait"), 2, "'fc.wait' fits no parameter; did you mean fc.weight"),
         (("--weights", "/nowhere.safetensors"), 1, "can't be read"),
@@ -99,7 +99,7 @@ def test_bench_of_a_model_with_and_without_a_swap(run, tmp_path, monkeypatch):
     assert "step, ms" in out
     plain, swapped = json.loads(file.read_text()).values()
     assert swapped["parameters"] - plain["parameters"] == 12
-    assert plain["forward"]["seconds"]["median"] < plain["step"]["seconds"]["median"]
+    assert plain["forward"]["seconds"]["low"] < plain["step"]["seconds"]["high"]
     for wrong in ((), (*MODEL, "--op", "grouped_mm")):
         code, _, err = run("bench", *wrong)
         assert code == 2
@@ -122,3 +122,22 @@ def test_bench_of_a_layer_and_its_peers(run, tmp_path, monkeypatch):
     code, out, err = run("bench", "CRReLU", "--against", "Gelu")
     assert (code, out) == (2, "")
     assert "no peer 'Gelu'" in err
+
+
+def test_prosparse_on_a_language_model(run, tmp_path):
+    book = tmp_path / "book.txt"
+    book.write_text("the cat sat on the mat, the rat sat on the hat. " * 30)
+    model = (
+        "transformers:llama(hidden_size=16, intermediate_size=32, num_hidden_layers=1, "
+        "num_attention_heads=2)"
+    )
+    options = ("--model", model, "--data", f"text:{book}", "--size", 16, "--recipe", "prosparse")
+    budget = ("--epochs", 4, "--batch-size", 16, "--lr", 0.01, "--l1", 20, "--threshold", 0.05)
+    code, out, err = run("finetune", *options, *budget, "--out", tmp_path / "run")
+    assert code == 0, err
+    assert "1 feed-forward layers have relu now" in err
+    assert "fatrelu(0.05)" in out
+    found = json.loads((tmp_path / "run" / "prosparse.json").read_text())
+    relu, shifted = found["activations"]
+    assert 0 < relu["inactive"] < shifted["inactive"] <= 1
+    assert shifted["test_loss"] < 3.0

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 Model = Annotated[
     str,
     typer.Option(
-        help="timm:NAME, torchvision:NAME, transformers:TYPE or zoo:NAME.", show_default=False
+        help="timm:NAME, torchvision:NAME, transformers:TYPE(option=value) or zoo:NAME.",
+        show_default=False,
     ),
 ]
 Weights = Annotated[
@@ -39,11 +40,14 @@ Swaps = Annotated[
     ),
 ]
 Data = Annotated[
-    str, typer.Option(help="digits, folder:PATH or torchvision:NAME.", show_default=True)
+    str,
+    typer.Option(
+        help="digits, folder:PATH, torchvision:NAME, text or text:PATH.", show_default=True
+    ),
 ]
 Size = Annotated[
     int | None,
-    typer.Option(min=1, help="Height and width of the images.", show_default=False),
+    typer.Option(min=1, help="Pixels of an image, characters of a text.", show_default=False),
 ]
 Epochs = Annotated[int, typer.Option(min=1, help="Passes over the data.")]
 Batch = Annotated[int, typer.Option(min=1, help="Rows a step, of all processes together.")]

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+from contextlib import nullcontext
 from dataclasses import asdict
+from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
@@ -29,6 +31,12 @@ from torchzoo.errors import TorchzooError
 
 if TYPE_CHECKING:
     from torchzoo.finetuning import Run
+
+
+class Method(StrEnum):
+    """Recipes that change the model and its loss."""
+
+    prosparse = "prosparse"
 
 
 def finetune(
@@ -55,6 +63,21 @@ def finetune(
         typer.Option(help="Glob of parameters that stay; may be repeated.", show_default=False),
     ] = None,
     balance: Balance = 0.01,
+    method: Annotated[
+        Method | None,
+        typer.Option(
+            "--recipe",
+            help="prosparse: feed-forward layers get relu, a penalty on their neurons, and at the "
+            "end a threshold.",
+            show_default=False,
+        ),
+    ] = None,
+    l1: Annotated[
+        float, typer.Option("--l1", min=0.0, help="Of prosparse: last weight of the penalty.")
+    ] = 0.2,
+    threshold: Annotated[
+        float, typer.Option(min=0.0, help="Of prosparse: neurons up to it are dropped at the end.")
+    ] = 0.01,
     save_every: Annotated[
         int | None, typer.Option(min=1, help="Steps between checkpoints.", show_default="an epoch")
     ] = None,
@@ -67,7 +90,7 @@ def finetune(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Fine-tune a model on images, with layers of the zoo swapped in.
+    """Fine-tune a model on images or text, with layers of the zoo swapped in.
 
     On several processes: torchrun --nproc-per-node 2 -m torchzoo finetune …
 
@@ -77,9 +100,11 @@ def finetune(
     with working("importing torch"):
         target = resolve_device(device)
         from torchzoo.experiments.finetune.jobs import Job, prepare, task_of
+        from torchzoo.experiments.finetune.sparsified import shift
         from torchzoo.files import write_json
         from torchzoo.finetuning import Recipe
         from torchzoo.finetuning import finetune as train
+        from torchzoo.swaps import prosparse
     try:
         recipe = Recipe(
             epochs=epochs,
@@ -97,7 +122,7 @@ def finetune(
         )
     except ValueError as error:  # the options have the names of its arguments
         raise TorchzooError(f"--{error}") from error
-    job = Job(model, data, tuple(swaps or ()), weights, size, seed)
+    job = Job(model, data, tuple(swaps or ()), weights, size, seed, method and method.value)
     with working(f"building {model}"):
         ready = prepare(job)
     first = os.environ.get("RANK", "0") == "0"
@@ -108,10 +133,12 @@ def finetune(
             for text, report in zip(job.swaps, ready.reports, strict=True):
                 stdout().print(swap_tree(f"{model}  {text}", report), "")
         write_json(out / "job.json", asdict(job))
-    with training_progress(model) as tick:
+    plain = task_of(balance)
+    learnt = prosparse(plain, ready.model, weight=l1) if method else nullcontext(plain)
+    with training_progress(model) as tick, learnt as task:
         run = train(
             ready.model,
-            task_of(balance),
+            task,
             ready.data.train,
             ready.data.test,
             recipe,
@@ -123,14 +150,36 @@ def finetune(
         )
     if not first:
         return
+    sparse = []
+    if method:
+        with working("measuring what is inactive"):
+            sparse = shift(ready.model, ready.data.test, plain, threshold=threshold)
+        write_json(out / "prosparse.json", {"threshold": threshold, "activations": sparse})
     if run.resumed:
         stderr().print(f"went on after step {run.resumed}")
     if as_json:
         swapped = [report.to_json() for report in ready.reports]
-        print_json({"best": run.best, "steps": run.step, "log": run.history, "swaps": swapped})
+        print_json(
+            {"best": run.best, "steps": run.step, "log": run.history, "swaps": swapped}
+            | ({"prosparse": sparse} if method else {})
+        )
         return
     stdout().print(_table(run))
+    if method:
+        stdout().print("", _sparse_table(sparse), "")
     stdout().print(f"best accuracy {run.best:.4f}, weights in {out / 'best.safetensors'}")
+
+
+def _sparse_table(rows: list[dict[str, Any]]) -> Table:
+    table = new_table()
+    for column in ("activation", "test loss", "accuracy", "inactive neurons"):
+        table.add_column(column, justify="left" if column == "activation" else "right")
+    for row in rows:
+        figures = (row["test_loss"], row["accuracy"])
+        table.add_row(
+            row["activation"], *(f"{x:.4f}" for x in figures), f"{100 * row['inactive']:.1f} %"
+        )
+    return table
 
 
 def _table(run: Run) -> Table:

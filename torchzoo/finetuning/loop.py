@@ -155,6 +155,7 @@ class Loop:
         self.model.train()
         for batch in batches:
             self._seed(self.state.step)
+            self.task.start(self.state.step, self.steps)
             for group in self.optimizer.param_groups:
                 group["lr"] = recipe.rate(self.state.step, self.steps)
             total, cuts = 0.0, self._cut(batch)

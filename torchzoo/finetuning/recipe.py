@@ -20,12 +20,14 @@ class Task:
         score: Called as `score(model, *batch)`, gives a number a row, whose mean is the metric.
         metric: Its name.
         higher: Whether more is better.
+        start: Called before each step with its number and how many there are in all.
     """
 
     loss: Callable[..., Tensor]
     score: Callable[..., Tensor]
     metric: str = "accuracy"
     higher: bool = True
+    start: Callable[[int, int], None] = lambda step, steps: None
 
 
 @dataclass(frozen=True)
@@ -103,13 +105,17 @@ class Run:
 
 
 def classification() -> Task:
-    """The task of telling classes apart: cross-entropy and accuracy of logits `(N, K)`."""
+    """The task of telling classes apart: cross-entropy and accuracy of logits `(N, ..., K)`.
+
+    Labels are `(N, ...)`: of each row, or of each place in it, as in texts.
+    """
 
     def loss(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-        return F.cross_entropy(logits_of(model(x)), y)
+        return F.cross_entropy(logits_of(model(x)).flatten(0, -2), y.flatten())
 
     def score(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-        return (logits_of(model(x)).argmax(-1) == y).float()
+        hits = (logits_of(model(x)).argmax(-1) == y).float()
+        return hits.view(len(hits), -1).mean(1)
 
     return Task(loss, score)
 

@@ -183,6 +183,18 @@ class SineSparsityScheduler:
             raise ValueError(f"name: expected one of {', '.join(_PUBLISHED)}, got {name!r}")
         return cls(list(zip(*_PUBLISHED[name], strict=True)))
 
+    def scaled(self, steps: float, weight: float) -> SineSparsityScheduler:
+        """The same stages, brought to another last step and last weight, from the start.
+
+        Example:
+            >>> SineSparsityScheduler.published("llama2-7b").scaled(33, 0.4).stages[:2]
+            [(10.0, 0.0), (12.0, 0.01)]
+        """
+        last, final = self.stages[-1]
+        return SineSparsityScheduler(
+            [(end * steps / last, value * weight / final) for end, value in self.stages]
+        )
+
     @property
     def value(self) -> float:
         """The weight at the present step."""

@@ -17,6 +17,7 @@ __getattr__, __dir__, __all__ = attach(
         "experts": ["CopiedExperts", "swap_experts", "upcycle"],
         "feedforward": ["swap_sparse_ffn"],
         "mixtral": ["from_mixtral_block", "to_mixtral_block", "to_mixtral_state"],
+        "sparsifying": ["prosparse"],
         "names": ["TARGETS", "apply", "parse"],
         "selectors": ["WORDS", "selector"],
     },

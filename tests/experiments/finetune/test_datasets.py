@@ -58,7 +58,7 @@ def test_data_that_are_not_there(tmp_path):
     with pytest.raises(UnknownNameError, match="did you mean CIFAR10"):
         load_data("torchvision:CIFAR01")
     for text in ("digit", "folder:", "torchvision"):
-        with pytest.raises(UnknownNameError, match="expected digits, folder:PATH or torchvision"):
+        with pytest.raises(UnknownNameError, match="expected digits, folder:PATH, torchvision"):
             load_data(text)
 
 
@@ -66,3 +66,28 @@ def test_a_data_set_of_torchvision_that_needs_no_network():
     data = load_data("torchvision:FakeData", size=8)
     assert (len(data.classes), len(data.train), len(data.test)) == (10, 750, 250)
     assert data.train[0][0].shape == (3, 8, 8)
+
+
+def test_text_is_cut_into_pieces_and_the_same_a_character_further(tmp_path):
+    file = tmp_path / "rhyme.txt"
+    file.write_text("abcd" * 50)
+    data = load_data(f"text:{file}", size=6)
+    assert (data.text, data.size, data.classes) == (True, 6, ("a", "b", "c", "d"))
+    x, y = data.train.tensors
+    assert x.tolist()[1] == [2, 3, 0, 1, 2, 3]
+    assert torch.equal(y, (x + 1) % 4)
+    assert (len(x), len(data.test)) == ((180 - 1) // 6, (20 - 1) // 6)
+    book = load_data("text", size=100)
+    assert len(book.train) > 1000
+    assert "".join(book.classes[i] for i in book.train[0][0][:13].tolist()) == 'The "assert" '
+
+
+def test_text_that_cannot_be_read(tmp_path):
+    with pytest.raises(TorchzooError, match=r"none\.txt: can't be read"):
+        load_data(f"text:{tmp_path / 'none.txt'}")
+    (tmp_path / "short.txt").write_text("abc" * 20)
+    with pytest.raises(TorchzooError, match="expected more than 64 characters on each side"):
+        load_data(f"text:{tmp_path / 'short.txt'}")
+    (tmp_path / "bytes.txt").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(TorchzooError, match="can't be read"):
+        load_data(f"text:{tmp_path / 'bytes.txt'}")

@@ -31,7 +31,7 @@ def test_models_give_a_logit_for_each_class(name):
     assert model.training
     with pytest.raises(TorchzooError, match="tells 7 classes apart, the data have 8"):
         check_classes(model, torch.randn(3, size, size), 8, name)
-    with pytest.raises(TorchzooError, match=r"takes no images of shape \(2, 64, 64\)"):
+    with pytest.raises(TorchzooError, match=r"takes no rows of shape \(2, 64, 64\)"):
         check_classes(model, torch.randn(2, 64, 64), 7, name)
 
 
@@ -84,3 +84,29 @@ def test_the_seed_draws_the_weights():
     one, two, other = (prepare(Job("timm:test_resnet", "digits", seed=s)).model for s in (0, 0, 1))
     assert torch.equal(one.fc.weight, two.fc.weight)
     assert not torch.equal(one.fc.weight, other.fc.weight)
+
+
+LLAMA = (
+    "transformers:llama(hidden_size=16, intermediate_size=24, num_hidden_layers=1, "
+    "num_attention_heads=2)"
+)
+
+
+def test_language_models_have_the_characters_as_vocabulary():
+    model, notes = load_model(LLAMA, classes=11, size=8, causal=True)
+    assert (model.config.hidden_size, model.config.vocab_size, notes) == (16, 11, ())
+    check_classes(model, torch.arange(8), 11, LLAMA)
+    with pytest.raises(TorchzooError, match=r"expected transformers:TYPE\(option=value"):
+        load_model("transformers:llama(hidden_size=16", classes=11, size=8, causal=True)
+    with pytest.raises(TorchzooError, match="expected transformers:TYPE for text"):
+        load_model("timm:test_vit", classes=11, size=8, causal=True)
+    with pytest.raises(TorchzooError, match="expected options name=value"):
+        load_model("transformers:llama(16)", classes=11, size=8, causal=True)
+
+
+def test_prosparse_gives_relu_to_known_layers():
+    ready = prepare(Job(LLAMA, "text", size=8, recipe="prosparse"))
+    assert ready.notes == ("1 feed-forward layers have relu now: model.layers.0.mlp",)
+    assert ready.model.model.layers[0].mlp.activation == "relu"
+    with pytest.raises(TorchzooError, match="recipe prosparse on timm:test_resnet: "):
+        prepare(Job("timm:test_resnet", "digits", size=32, recipe="prosparse"))

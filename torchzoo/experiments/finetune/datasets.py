@@ -1,4 +1,4 @@
-"""Data sets of images by name: `digits`, `folder:PATH`, `torchvision:NAME`."""
+"""Data sets by name: `digits`, `folder:PATH`, `torchvision:NAME` of images, `text`, `text:PATH`."""
 
 from __future__ import annotations
 
@@ -16,35 +16,46 @@ from torchvision.transforms import v2
 
 from torchzoo.catalogue import suggest
 from torchzoo.data.digits import digits
+from torchzoo.data.topics import topics
 from torchzoo.errors import TorchzooError, UnknownNameError
 
 _MEAN, _STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]  # what pretrained weights expect
 _TEST_FOLDERS = ("test", "val", "valid", "validation")
 
 
-class Images(NamedTuple):
-    """Rows `(image (3, S, S), label)` to train on and to test on, and the classes' names."""
+class Rows(NamedTuple):
+    """Rows to train on and to test on.
+
+    Attributes:
+        train, test: Images `(3, S, S)` with a label, or characters `(S,)` with the next ones.
+        classes: Names of the classes; of text the characters.
+        size: S.
+        text: Whether it is text.
+    """
 
     train: Dataset[Any]
     test: Dataset[Any]
     classes: tuple[str, ...]
     size: int
+    text: bool = False
 
 
-def load_data(text: str, *, size: int | None = None, seed: int = 0) -> Images:
-    """Load a data set, its images as RGB of one size.
+def load_data(text: str, *, size: int | None = None, seed: int = 0) -> Rows:
+    """Load a data set: images as RGB of one size, or a text in pieces, to say the next character.
 
     Args:
         text: `digits` (scikit-learn's, 32 pixels by default), `folder:PATH` with a folder a class,
-            or such folders in `PATH/train` and `PATH/test`, or `torchvision:NAME`, kept where
-            `TORCHZOO_DATA` says.
-        size: Height and width; by default 32 for digits, else 224.
+            or such folders in `PATH/train` and `PATH/test`, `torchvision:NAME`, kept where
+            `TORCHZOO_DATA` says, `text` (Python's reference), or `text:PATH`, a file in UTF-8 of
+            which the last tenth is for testing.
+        size: Height and width, by default 32 for digits, else 224; of text the characters of a
+            piece, by default 64.
         seed: Seed of the split where the data have none: a quarter is for testing.
 
     Raises:
         UnknownNameError: No such kind of data, or no such data set in torchvision.
         TorchzooError: A folder that is missing or has no classes, classes that differ between
-            training and test, or a download that failed.
+            training and test, a file that is missing or too short, or a download that failed.
     """
     kind, _, rest = text.partition(":")
     if kind == "digits" and not rest:
@@ -53,11 +64,15 @@ def load_data(text: str, *, size: int | None = None, seed: int = 0) -> Images:
         return _folder(Path(rest).expanduser(), size or 224, seed)
     if kind == "torchvision" and rest:
         return _torchvision(rest, size or 224, seed)
-    near = suggest(kind, ("digits", "folder", "torchvision"))
-    raise UnknownNameError(f"data {text!r}: expected digits, folder:PATH or torchvision:NAME{near}")
+    if kind == "text":
+        return _text(Path(rest).expanduser() if rest else None, size or 64)
+    near = suggest(kind, ("digits", "folder", "torchvision", "text"))
+    raise UnknownNameError(
+        f"data {text!r}: expected digits, folder:PATH, torchvision:NAME, text or text:PATH{near}"
+    )
 
 
-def _digits(size: int, seed: int) -> Images:
+def _digits(size: int, seed: int) -> Rows:
     split = digits(seed=seed)
     mean, std = split.train_x.mean(), split.train_x.std()
 
@@ -69,7 +84,7 @@ def _digits(size: int, seed: int) -> Images:
 
     train = TensorDataset(images(split.train_x), split.train_y)
     test = TensorDataset(images(split.test_x), split.test_y)
-    return Images(train, test, tuple(str(digit) for digit in range(10)), size)
+    return Rows(train, test, tuple(str(digit) for digit in range(10)), size)
 
 
 def _transform(size: int) -> v2.Compose:
@@ -86,7 +101,7 @@ def _transform(size: int) -> v2.Compose:
     )
 
 
-def _folder(path: Path, size: int, seed: int) -> Images:
+def _folder(path: Path, size: int, seed: int) -> Rows:
     if not path.is_dir():
         siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
         raise TorchzooError(
@@ -97,7 +112,7 @@ def _folder(path: Path, size: int, seed: int) -> Images:
     data = _image_folder(train, size)
     classes = tuple(data.classes)
     if train == path or test is None:
-        return Images(*_split(data, seed), classes, size)
+        return Rows(*_split(data, seed), classes, size)
     tested = _image_folder(test, size)
     if tuple(tested.classes) != classes:
         other = sorted(set(classes) ^ set(tested.classes))
@@ -105,7 +120,7 @@ def _folder(path: Path, size: int, seed: int) -> Images:
             f"data folder:{path}: {train.name} has {len(classes)} classes and {test.name} "
             f"{len(tested.classes)}; only one of them has {', '.join(other[:5])}"
         )
-    return Images(data, tested, classes, size)
+    return Rows(data, tested, classes, size)
 
 
 def _image_folder(path: Path, size: int) -> Any:
@@ -128,7 +143,7 @@ def _split(data: Dataset[Any], seed: int) -> tuple[Subset[Any], Subset[Any]]:
     return Subset(data, rows[cut:]), Subset(data, rows[:cut])
 
 
-def _torchvision(name: str, size: int, seed: int) -> Images:
+def _torchvision(name: str, size: int, seed: int) -> Rows:
     known: dict[str, Any] = {
         n: value for n in datasets.__all__ if inspect.isclass(value := getattr(datasets, n))
     }
@@ -155,4 +170,37 @@ def _torchvision(name: str, size: int, seed: int) -> Images:
     classes = getattr(data, "classes", None) or range(getattr(data, "num_classes", 0))
     if not classes:
         raise TorchzooError(f"data torchvision:{name}: expected one with classes")
-    return Images(parts[0], parts[1], tuple(str(one) for one in classes), size)
+    return Rows(parts[0], parts[1], tuple(str(one) for one in classes), size)
+
+
+def _text(path: Path | None, size: int) -> Rows:
+    """Pieces side by side, and the same a character further."""
+    if path is None:
+        found = topics()
+        sides, characters = (found.train, found.validation), found.characters
+    else:
+        sides, characters = _read(path)
+
+    def pieces(side: Tensor) -> TensorDataset:
+        if len(side) <= size:
+            raise TorchzooError(
+                f"data text:{path}: expected more than {size} characters on each side, "
+                f"got {len(side)}"
+            )
+        windows = side.unfold(0, size + 1, size)
+        return TensorDataset(windows[:, :-1].contiguous(), windows[:, 1:].contiguous())
+
+    train, test = (pieces(side) for side in sides)
+    return Rows(train, test, tuple(characters), size, text=True)
+
+
+def _read(path: Path) -> tuple[tuple[Tensor, Tensor], str]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise TorchzooError(f"data text:{path}: can't be read: {error}") from error
+    characters = "".join(sorted(set(text)))
+    number = {character: i for i, character in enumerate(characters)}
+    numbers = torch.tensor([number[character] for character in text], dtype=torch.int64)
+    cut = len(numbers) - len(numbers) // 10
+    return (numbers[:cut], numbers[cut:]), characters

@@ -16,22 +16,25 @@ from torchzoo.catalogue import suggest
 from torchzoo.errors import TorchzooError, UnknownNameError, WeightsError
 from torchzoo.finetuning import logits_of
 from torchzoo.hub import from_pretrained
+from torchzoo.options import parse_options
 
 SOURCES = ("timm", "torchvision", "transformers", "zoo")
 
 
 def load_model(
-    text: str, *, classes: int, size: int, weights: str | None = None
+    text: str, *, classes: int, size: int, weights: str | None = None, causal: bool = False
 ) -> tuple[nn.Module, tuple[str, ...]]:
     """Build a model that tells so many classes apart, by default with weights drawn at random.
 
     Args:
         text: `timm:NAME`, `torchvision:NAME`, `transformers:TYPE` (an image classifier of this
-            type), or `zoo:NAME` as for `torchzoo.from_pretrained`.
+            type) or `transformers:TYPE(hidden_size=64, …)` with options of its configuration, or
+            `zoo:NAME` as for `torchzoo.from_pretrained`.
         classes: Number of classes.
         size: Height and width of the images, for models that are made for one.
         weights: A safetensors file; `pretrained`, the library's own, which are downloaded; or for
             transformers a folder or a hub id. A head for other classes is drawn anew.
+        causal: A language model, whose vocabulary the classes are; of transformers only.
 
     Returns:
         The model, and what should be said of its weights.
@@ -49,7 +52,9 @@ def load_model(
             raise TorchzooError(f"model {text}: expected no weights, as it has some, got {weights}")
         return from_pretrained(name), ()
     if source == "transformers":
-        return _transformers(text, name, classes, size, weights)
+        return _transformers(text, name, classes, size, weights, causal)
+    if causal:
+        raise TorchzooError(f"model {text}: expected transformers:TYPE for text, as in llama")
     pretrained = weights == "pretrained"
     make = _timm if source == "timm" else _torchvision
     try:
@@ -105,15 +110,15 @@ def head_of(model: nn.Module) -> tuple[str, Any]:
 
 
 @torch.no_grad()
-def check_classes(model: nn.Module, image: torch.Tensor, classes: int, names: str) -> None:
+def check_classes(model: nn.Module, row: torch.Tensor, classes: int, names: str) -> None:
     """Raise a TorchzooError unless a model gives a logit for each class of the data."""
     mode = model.training
     try:
-        found = logits_of(model.eval()(image[None])).shape[-1]
+        found = logits_of(model.eval()(row[None])).shape[-1]
     except (RuntimeError, ValueError, AssertionError) as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise TorchzooError(
-            f"{names}: the model takes no images of shape {tuple(image.shape)}: {reason}"
+            f"{names}: the model takes no rows of shape {tuple(row.shape)}: {reason}"
         ) from error
     finally:
         model.train(mode)
@@ -162,26 +167,33 @@ def _torchvision(
 
 
 def _transformers(
-    text: str, name: str, classes: int, size: int, weights: str | None
+    text: str, name: str, classes: int, size: int, weights: str | None, causal: bool
 ) -> tuple[nn.Module, tuple[str, ...]]:
-    from transformers import AutoConfig, AutoModelForImageClassification
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageClassification
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
-    if name not in CONFIG_MAPPING_NAMES:
-        near = suggest(name, CONFIG_MAPPING_NAMES)
+    kind, _, rest = name.partition("(")
+    if kind not in CONFIG_MAPPING_NAMES:
+        near = suggest(kind, CONFIG_MAPPING_NAMES)
         raise UnknownNameError(f"model {text}: transformers has no such type{near}")
-    options: dict[str, Any] = {"num_labels": classes}
+    if rest and not rest.endswith(")"):
+        raise TorchzooError(f"model {text}: expected transformers:TYPE(option=value, …)")
+    given = parse_options(rest[:-1], f"model {text}")
+    auto = AutoModelForCausalLM if causal else AutoModelForImageClassification
+    options: dict[str, Any] = {"vocab_size" if causal else "num_labels": classes}
+    if causal:  # characters alone
+        options |= dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
     try:
         if weights is not None and not weights.endswith(".safetensors"):
-            model = AutoModelForImageClassification.from_pretrained(
-                weights, **options, ignore_mismatched_sizes=True, use_safetensors=True
+            model = auto.from_pretrained(
+                weights, **options, **given, ignore_mismatched_sizes=True, use_safetensors=True
             )
             return model, ()
-        config = AutoConfig.for_model(name, **options)
+        config = AutoConfig.for_model(kind, **options, **given)
         if hasattr(config, "image_size"):
             config.image_size = size
-        model = AutoModelForImageClassification.from_config(config)
-    except (OSError, ValueError) as error:
+        model = auto.from_config(config)
+    except (OSError, ValueError, TypeError) as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise WeightsError(f"model {text}: {reason}") from error
     return model, () if weights is None else load_weights(model, Path(weights))

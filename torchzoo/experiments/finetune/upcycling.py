@@ -31,7 +31,7 @@ from torchzoo.data.topics import topics
 from torchzoo.experiment import describe, versions
 from torchzoo.experiments.finetune.compare import mean_and_error
 from torchzoo.files import write_json
-from torchzoo.finetuning import Recipe, Task, finetune, logits_of
+from torchzoo.finetuning import Recipe, classification, finetune, logits_of
 from torchzoo.flops import count_flops
 from torchzoo.sparsity import mlp_parts
 from torchzoo.surgery import swap
@@ -112,16 +112,7 @@ SETTINGS: Mapping[str, Callable[..., Setting]] = {"text": text, "images": images
 SEEDS = range(3)
 
 
-def _loss(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    return F.cross_entropy(logits_of(model(x)).flatten(0, -2), y.flatten())
-
-
-def _score(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    hits = (logits_of(model(x)).argmax(-1) == y).float()
-    return hits.view(len(hits), -1).mean(1)
-
-
-TASK = balanced(Task(_loss, _score))
+TASK = balanced(classification())
 """A label for each image, or for each character the next one; models with gates even out loads."""
 
 

@@ -57,11 +57,7 @@ def pretrained(text: Text, options: Mapping[str, Any]) -> Decoder:
 
 def schedule(weight: float, steps: int) -> SineSparsityScheduler:
     """The paper's stages for LLaMA2-7B, brought to these steps and this last weight."""
-    paper = SineSparsityScheduler.published("llama2-7b")
-    last, highest = paper.stages[-1]
-    return SineSparsityScheduler(
-        [(t * steps / last, weight * w / highest) for t, w in paper.stages]
-    )
+    return SineSparsityScheduler.published("llama2-7b").scaled(steps, weight)
 
 
 def go_on(
