@@ -160,7 +160,7 @@ def all_equality_checks():
     "waits for each collective, and moves the same bytes",
     tolerance=0.0,
 )
-@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_results_are_the_same(size):
     run_ranks(all_equality_checks, size, timeout=120)
 
@@ -321,7 +321,7 @@ def all_order_checks():
     "likewise, and gradients are waited for after the experts of the layer before",
     tolerance=None,
 )
-@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_communication_starts_before_computation(size):
     run_ranks(all_order_checks, size)
 
@@ -370,7 +370,7 @@ def recovery_checks():
         model[1](tokens())
 
 
-@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_interrupted_forwards(size):
     run_ranks(recovery_checks, size)
 

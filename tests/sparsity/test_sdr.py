@@ -161,7 +161,7 @@ def test_union_by_enumeration():
 
 
 @pytest.mark.claim(60, "2e5 random unions match the exact form within 4 s.e.")
-@pytest.mark.parametrize("count", [5, 10, 20])
+@pytest.mark.parametrize("count", [5, *(pytest.param(n, marks=pytest.mark.slow) for n in (10, 20))])
 def test_union_by_simulation(count):
     n, a, s, theta = 2000, 40, 10, 6
     hits = torch.zeros(TRIALS, a + 1, dtype=torch.bool)  # of the input 0..39, by symmetry

@@ -7,7 +7,6 @@ from torch import nn
 from torch.autograd import gradcheck
 
 from torchzoo.sparsity.smash import SparseSparseLinear
-from torchzoo.testing import check_registered
 
 PATTERN = [[0, 2], [], [1, 2, 4], [4]]
 
@@ -16,10 +15,6 @@ def sparse_input(rows=6, columns=5, seed=0):
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(rows, columns, generator=generator, dtype=torch.float64)
     return torch.where(torch.rand(rows, columns, generator=generator) < 0.4, x, 0.0)
-
-
-def test_contract():
-    check_registered("sparsity.SparseSparseLinear")
 
 
 @pytest.mark.claim(

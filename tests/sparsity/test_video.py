@@ -17,7 +17,6 @@ from torchzoo.sparsity import (
     fold_to_streaming,
     to_video_layers,
 )
-from torchzoo.testing import check_registered
 from torchzoo.trainer import fit
 
 DOUBLE = torch.float64
@@ -30,10 +29,6 @@ def net(**options):
 
 def films(n=4, **options):
     return camera_films(n, **{"frames": 6, "size": 16, "hold": 2, **options})
-
-
-def test_contract():
-    check_registered("sparsity.VideoNet")
 
 
 @pytest.mark.claim(
