@@ -30,6 +30,7 @@ from torchzoo.ops import (
     lti_scan,
     ordered_matmul,
     rans_encode,
+    rasterize,
     sparse_ffn,
     spgemm,
     vandermonde,
@@ -81,15 +82,35 @@ def results() -> list[Tensor]:
     logs = [log_einsum_exp(level, mixing.square()), log_einsum_exp2(level, mixed, pairs.square())]
     logs += [log_max_sum(level, mixing.square())[0]]
     logs += [categorical_log_prob(mixing, torch.arange(12).view(3, 4) % 6)]
+    means, quats, sizes, colours, poses = (
+        normal(20, 3),
+        normal(20, 4),
+        normal(20, 3),
+        normal(20, 4, 3),
+        normal(2, 4, 4),
+    )
+    pinhole = torch.tensor([[[30.0, 0, 16], [0, 30.0, 12], [0, 0, 1]]], dtype=x.dtype).expand(
+        2, 3, 3
+    )
+    views = torch.eye(4, dtype=x.dtype) * (1 + 0.01 * poses)
+    views = views + torch.tensor([0, 0, 6.0, 0], dtype=x.dtype)[:, None] * torch.eye(4)[3]
+    scene = (means, quats, sizes.square() + 0.1, torch.full((20,), 0.7, dtype=x.dtype), colours)
+    exponents = {"generalized_exponential": sizes[:, 0].square() + 1}
+    drawn = [
+        rasterize(
+            *scene, views, pinhole, 32, 24, sh_degree=1, kernel=kernel, beta=exponents.get(kernel)
+        ).image
+        for kernel in ("gaussian", "generalized_exponential", "analytic")
+    ]
     words = rans_encode(
         torch.arange(900) % 3, torch.tensor([0, 9, 11, 16]).expand(900, 4), precision=4
     )
     exact = [ordered_matmul(x.detach(), up.detach().T.contiguous())]
     exact += [torch.frombuffer(bytearray(words), dtype=torch.uint8)]
-    found = [y, *steps, *pixels, ffn, experts, *bent, *spaces, *logs, product.to_dense()]
+    found = [y, *steps, *pixels, ffn, experts, *bent, *spaces, *logs, *drawn, product.to_dense()]
     inputs = [x, weight, frame, acc, weight_t, image, sums, kernels, token, up, down, gate]
     inputs += [rows, w_in, w_out, scale, v, log_x, a_bar, drive, start]
-    inputs += [level, mixed, mixing, pairs]
+    inputs += [level, mixed, mixing, pairs, means, quats, sizes, colours, poses]
     total = sum((t.square().sum() for t in found[:-1]), found[0].new_zeros(()))
     return [*found, *exact, *torch.autograd.grad(total, inputs)]
 

@@ -19,6 +19,7 @@ from torchzoo.ops.log_einsum_exp import log_einsum_exp, log_einsum_exp2
 from torchzoo.ops.log_max_sum import log_max_sum
 from torchzoo.ops.lti_scan import lti_scan
 from torchzoo.ops.ordered_matmul import ordered_matmul
+from torchzoo.ops.project_gaussians import PackedProjection, Projected, project_gaussians
 from torchzoo.ops.rans import (
     RansDecoder,
     RansEncoder,
@@ -26,6 +27,7 @@ from torchzoo.ops.rans import (
     rans_decode,
     rans_encode,
 )
+from torchzoo.ops.rasterize import RasterOutput, rasterize, sh_to_rgb
 from torchzoo.ops.sparse_ffn import FFNStats, pack_ffn, sparse_ffn
 from torchzoo.ops.spgemm import (
     SpGEMMPlan,
@@ -35,12 +37,16 @@ from torchzoo.ops.spgemm import (
     spgemm_plan,
     spgemm_stats,
 )
+from torchzoo.ops.spherical_harmonics import spherical_harmonics
 from torchzoo.ops.vandermonde import vandermonde
 
 __all__ = [
     "FFNStats",
+    "PackedProjection",
+    "Projected",
     "RansDecoder",
     "RansEncoder",
+    "RasterOutput",
     "SpGEMMPlan",
     "SpGEMMStats",
     "block_sparse_log_einsum_exp",
@@ -64,13 +70,17 @@ __all__ = [
     "lti_scan",
     "ordered_matmul",
     "pack_ffn",
+    "project_gaussians",
     "rans_decode",
     "rans_encode",
+    "rasterize",
+    "sh_to_rgb",
     "sparse_ffn",
     "spgemm",
     "spgemm_batched",
     "spgemm_plan",
     "spgemm_stats",
+    "spherical_harmonics",
     "vandermonde",
 ]
 

@@ -1,0 +1,151 @@
+"""Colours that depend on the direction they are seen from, as sums of real spherical harmonics.
+
+The basis has the Condon-Shortley phase: of the complex harmonics, sqrt(2) Im Y_l^abs(m) for m < 0,
+Y_l^0, and sqrt(2) Re Y_l^m for m > 0, in order of l and then of m.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torchzoo.ops._splat_checks import check_types, common_dtype
+from torchzoo.ops.calling import below_autograd, no_autocast
+
+MAX_DEGREE = 3
+
+
+def spherical_harmonics(degree: int, dirs: Tensor, coeffs: Tensor) -> Tensor:
+    """Sum spherical harmonics at directions.
+
+    Nothing is added or cut off: `sh_to_rgb` does so. Differentiable once, in both inputs; at a
+    direction of length 0 only degree 0 is left, and it gets no gradient.
+
+    Args:
+        degree: Highest degree to sum, 0 to 3; coefficients of higher ones are left out.
+        dirs: Directions, of any length.
+        coeffs: One coefficient a basis function and channel; K is 1, 4, 9 or 16.
+
+    Shape:
+        - dirs: `(..., 3)`
+        - coeffs: `(..., K, 3)`; leading dimensions broadcast
+        - output: `(..., 3)`
+
+    Returns:
+        The sums, in the widest dtype of the inputs, float32 at least.
+
+    Raises:
+        ValueError: Shapes, dtypes, devices or a degree that don't fit.
+        NotImplementedError: An input has a forward-mode tangent.
+
+    Source:
+        Ramamoorthi, Hanrahan, An Efficient Representation for Irradiance Environment Maps, 2001;
+        in splatting, Kerbl et al., 3D Gaussian Splatting, 2023, section 4.
+
+    Example:
+        >>> coeffs = torch.zeros(4, 3)
+        >>> coeffs[2] = 1.0
+        >>> spherical_harmonics(1, torch.tensor([0.0, 0.0, 5.0]), coeffs)
+        tensor([0.4886, 0.4886, 0.4886])
+    """
+    if not 0 <= degree <= MAX_DEGREE:
+        raise ValueError(f"degree: got {degree}, expected 0 to {MAX_DEGREE}")
+    if dirs.ndim < 1 or dirs.shape[-1] != 3:
+        raise ValueError(f"dirs: got {tuple(dirs.shape)}, expected (..., 3)")
+    check_coefficients("coeffs", coeffs, degree)
+    check_types("spherical_harmonics", {"dirs": dirs, "coeffs": coeffs})
+    try:
+        lead = torch.broadcast_shapes(dirs.shape[:-1], coeffs.shape[:-2])
+    except RuntimeError:
+        expected = f"leading dimensions that broadcast with {tuple(dirs.shape[:-1])}"
+        raise ValueError(f"coeffs: got {tuple(coeffs.shape)}, expected {expected}") from None
+    dtype, K = common_dtype(dirs, coeffs), coeffs.shape[-2]
+    flat = dirs.to(dtype).expand(*lead, 3).reshape(-1, 3).contiguous()
+    weights = coeffs.to(dtype).expand(*lead, K, 3).reshape(flat.shape[0], K, 3).contiguous()
+    with below_autograd(flat, weights):
+        return splat_sh(degree, flat, weights).reshape(*lead, 3)
+
+
+def check_coefficients(name: str, coeffs: Tensor, degree: int) -> None:
+    """Raise ValueError unless they are `(..., K, 3)`, with K of a degree not below this one."""
+    fits = coeffs.ndim >= 2 and coeffs.shape[-1] == 3 and coeffs.shape[-2] in (1, 4, 9, 16)
+    if not fits or coeffs.shape[-2] < (degree + 1) ** 2:
+        least = (degree + 1) ** 2
+        raise ValueError(
+            f"{name}: got {tuple(coeffs.shape)}, expected (..., K, 3) with K in (1, 4, 9, 16), "
+            f"at least {least} for degree {degree}"
+        )
+
+
+def _basis(degree: int, dirs: Tensor) -> Tensor:
+    """The `(degree + 1)^2` functions at directions `(M, 3)`: `(M, K)`."""
+    square = dirs.square().sum(-1, keepdim=True)
+    null = square == 0
+    x, y, z = (dirs * torch.where(null, 0, torch.where(null, 1, square).rsqrt())).unbind(-1)
+    values = [torch.full_like(x, 0.28209479177387814)]
+    if degree > 0:
+        values += [-0.4886025119029199 * y, 0.4886025119029199 * z, -0.4886025119029199 * x]
+    xx, yy, zz = x * x, y * y, z * z
+    if degree > 1:
+        values += [
+            1.0925484305920792 * x * y,
+            -1.0925484305920792 * y * z,
+            0.31539156525252005 * (2 * zz - xx - yy),
+            -1.0925484305920792 * x * z,
+            0.5462742152960396 * (xx - yy),
+        ]
+    if degree > 2:
+        values += [
+            -0.5900435899266435 * y * (3 * xx - yy),
+            2.890611442640554 * x * y * z,
+            -0.4570457994644658 * y * (4 * zz - xx - yy),
+            0.3731763325901154 * z * (2 * zz - 3 * xx - 3 * yy),
+            -0.4570457994644658 * x * (4 * zz - xx - yy),
+            1.445305721320277 * z * (xx - yy),
+            -0.5900435899266435 * x * (xx - 3 * yy),
+        ]
+    return torch.stack(values, -1)
+
+
+def _sum(degree: int, dirs: Tensor, coeffs: Tensor) -> Tensor:
+    return torch.einsum("mk,mkc->mc", _basis(degree, dirs), coeffs[:, : (degree + 1) ** 2])
+
+
+@torch.library.custom_op("torchzoo::splat_sh", mutates_args=())
+def splat_sh(degree: int, dirs: Tensor, coeffs: Tensor) -> Tensor:
+    with no_autocast(dirs):
+        return _sum(degree, dirs, coeffs)
+
+
+@splat_sh.register_fake
+def _(degree: int, dirs: Tensor, coeffs: Tensor) -> Tensor:
+    return dirs.new_empty(dirs.shape)
+
+
+@torch.library.custom_op("torchzoo::splat_sh_backward", mutates_args=())
+def splat_sh_backward(
+    degree: int, dirs: Tensor, coeffs: Tensor, g: Tensor
+) -> tuple[Tensor, Tensor]:
+    with no_autocast(dirs):
+        pull = torch.func.vjp(lambda d, c: _sum(degree, d, c), dirs, coeffs)[1]
+        g_dirs, g_coeffs = pull(g)
+    return g_dirs, g_coeffs
+
+
+@splat_sh_backward.register_fake
+def _(degree: int, dirs: Tensor, coeffs: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+    return dirs.new_empty(dirs.shape), coeffs.new_empty(coeffs.shape)
+
+
+def _setup(ctx: Any, inputs: tuple[int, Tensor, Tensor], output: Tensor) -> None:
+    ctx.degree = inputs[0]
+    ctx.save_for_backward(*inputs[1:])
+
+
+def _backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+    return None, *splat_sh_backward(ctx.degree, *ctx.saved_tensors, g.contiguous())
+
+
+splat_sh.register_autograd(_backward, setup_context=_setup)
