@@ -84,10 +84,11 @@ test-abi: $(VENV)/.dev-ready  ## Load the CPU kernels, as built here, into anoth
 test-sanitize: $(VENV)/.dev-ready  ## Run the operators' tests on kernels built with ASan and UBSan
 	TORCHZOO_CACHE=build/sanitize TORCHZOO_OPS=reference $(BIN)/python -c \
 	  "from torchzoo.ops import building; print(building.build('cpu', flags=['-O1', '-g', \
-	  '-fsanitize=address,undefined', '-fno-sanitize-recover=undefined']))"
+	  '-DTZ_ONE_ISA', '-fsanitize=address,undefined', '-fno-sanitize-recover=undefined']))"
 	TORCHZOO_CACHE=build/sanitize TORCHZOO_OPS=native ASAN_OPTIONS=detect_leaks=0 \
 	  LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
-	  $(PYTEST) tests/ops -p no:xdist -q --ignore tests/ops/test_library.py $(PYTEST_ARGS)
+	  $(PYTEST) tests/ops -n $(JOBS) -q --ignore tests/ops/test_library.py \
+	  --ignore tests/ops/test_instruction_sets.py $(PYTEST_ARGS)
 
 clean:  ## Remove what the targets made, but not the environment
 	rm -rf build dist docs/_build docs/generated *.egg-info .mypy_cache .pytest_cache .ruff_cache

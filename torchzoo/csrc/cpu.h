@@ -40,6 +40,9 @@ inline Isa detect_isa() {
       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
       __builtin_cpu_supports("avx512dq"))
     best = Isa::avx512;
+#if defined(TZ_ONE_ISA)
+  best = std::min(best, Isa::avx2);
+#endif
   if (const char* wanted = std::getenv("TORCHZOO_CPU_ISA")) {
     if (!std::strcmp(wanted, "baseline")) return Isa::baseline;
     if (!std::strcmp(wanted, "avx2")) return std::min(best, Isa::avx2);
@@ -69,6 +72,16 @@ inline Isa isa() {
 #endif
 
 // `name(a...)` runs `body<bytes>(a...)` compiled for `isa()`, with that instruction set's vector size.
+// Sanitizers take minutes to compile a copy: with TZ_ONE_ISA there is one, for AVX2.
+#if defined(TZ_ONE_ISA)
+#define TZ_ISA(name, body)                                               \
+  template <class... A>                                                  \
+  TZ_TARGET_AVX2 static void name(A... a) {                              \
+    STD_TORCH_CHECK(::torchzoo::isa() != ::torchzoo::Isa::baseline,      \
+                    "this build of the kernels is for AVX2 processors"); \
+    body<32>(a...);                                                      \
+  }
+#else
 #define TZ_ISA(name, body)                                                                   \
   template <class... A>                                                                      \
   TZ_TARGET_AVX512 static void name##_avx512(A... a) { body<64>(a...); }                     \
@@ -84,3 +97,4 @@ inline Isa isa() {
       default: return name##_baseline(a...);                                                 \
     }                                                                                        \
   }
+#endif

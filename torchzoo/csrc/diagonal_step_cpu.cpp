@@ -29,9 +29,11 @@ TZ_INLINE T feature(const T* a, const T* b, const T* r, const T* x, T u, int64_t
   Vec sums = {};
   int64_t k = 0;
   for (; k + lanes <= count; k += lanes) {
+    // loaded first: a reference to a Vec promises an alignment that the rows don't have
+    const Vec factor = *reinterpret_cast<const Loose*>(a + k);
+    const Vec state = *reinterpret_cast<const Loose*>(x + k);
     Vec next;
-    turn<Vec>(*reinterpret_cast<const Loose*>(a + k), *reinterpret_cast<const Loose*>(x + k), next,
-              std::make_index_sequence<lanes>());
+    turn<Vec>(factor, state, next, std::make_index_sequence<lanes>());
     next += *reinterpret_cast<const Loose*>(b + k) * u;
     *reinterpret_cast<Loose*>(to + k) = next;
     sums += *reinterpret_cast<const Loose*>(r + k) * next;

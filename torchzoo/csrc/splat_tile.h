@@ -327,7 +327,6 @@ void with_channels(const Scene& of, const Op& op) {
   if (of.type == ScalarType::Double) return op(Variant<double, kernel, 0>{});
   switch (of.features) {
     case 1: return op(Variant<float, kernel, 1>{});
-    case 2: return op(Variant<float, kernel, 2>{});
     case 3: return op(Variant<float, kernel, 3>{});
     case 4: return op(Variant<float, kernel, 4>{});
     default: return op(Variant<float, kernel, 0>{});
