@@ -31,10 +31,11 @@ COMMANDS = {
     "bench": "torchzoo.cli.bench:bench",
     "compress": "torchzoo.cli.compress:compress",
     "decompress": "torchzoo.cli.decompress:decompress",
+    "splat": "torchzoo.cli.splat:splat",
     "doctor": "torchzoo.cli.doctor:doctor",
     "build": "torchzoo.cli.build:build",
 }
-"""Where each command's function is; its file is imported when the command is called or listed."""
+"""Where each command's function, or typer app, is; imported when it is called or listed."""
 
 _SETTINGS = {"help_option_names": ["-h", "--help"]}
 
@@ -46,10 +47,12 @@ class _Commands(typer.core.TyperGroup):
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         if cmd_name not in COMMANDS:
             raise UnknownNameError(f"no command {cmd_name!r}{suggest(cmd_name, COMMANDS)}")
-        module, _, function = COMMANDS[cmd_name].partition(":")
+        module, _, name = COMMANDS[cmd_name].partition(":")
+        function = getattr(import_module(module), name)
+        if isinstance(function, typer.Typer):
+            return typer.main.get_command(function)
         single = typer.Typer(add_completion=False, rich_markup_mode="rich")
-        command = single.command(cmd_name, context_settings=_SETTINGS)
-        command(getattr(import_module(module), function))
+        single.command(cmd_name, context_settings=_SETTINGS)(function)
         return typer.main.get_command(single)
 
 

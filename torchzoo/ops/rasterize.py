@@ -142,8 +142,7 @@ def rasterize(
         - beta: `(N,)`
         - backgrounds: `(F,)` or `(C, F)`
         - pixel_mask: `(C, H, W)`, booleans
-        - outputs: see `RasterOutput`; H and W are `ceil((height - offset[1]) / dilation)` and
-          `ceil((width - offset[0]) / dilation)`
+        - outputs: see `RasterOutput`; H is `ceil((height - offset[1]) / dilation)`, W likewise
 
     Returns:
         Image, alpha, depth and what strategies and metrics need.
