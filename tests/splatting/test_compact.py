@@ -8,8 +8,9 @@ import torch
 from torchzoo import ops
 from torchzoo.data.splat_scenes import make_scene
 from torchzoo.splatting import Cameras, CompactStrategy, GaussianScene, SplatTrainer, compact_rates
-from torchzoo.splatting.compact import Compact3DGS, LearnableGaussianMask, hard_mask
+from torchzoo.splatting.compact import Compact3DGS
 from torchzoo.splatting.compact_color import HashGridColor, contract, harmonics
+from torchzoo.splatting.compact_mask import LearnableGaussianMask, hard_mask
 
 SMALL = {"levels": 3, "log2_table": 6, "hidden": 8, "base": 4}
 
