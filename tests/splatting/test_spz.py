@@ -231,6 +231,9 @@ def test_turned_axes_show_the_same_picture():
         (gzip.compress(header(2) + b"".join(blocks(2))[:-1]), "truncated SPZ: 127 of 128"),
         (gzip.compress(header(3) + b"".join(blocks(3)))[:60], "truncated SPZ"),
     ],
+    ids=lambda value: (
+        value if isinstance(value, str) else f"{len(value)} bytes"
+    ),  # gzip notes the time
 )
 def test_bad_spz_says_what_is_wrong(data, words):
     with pytest.raises(ValueError, match=words):
