@@ -81,7 +81,8 @@ class SplatTrainer:
 
     Example:
         >>> from torchzoo.splatting import Cameras, GaussianScene
-        >>> scene = GaussianScene.from_points(torch.zeros(1, 3), torch.zeros(1, 3), sh_degree=0)
+        >>> gray = torch.full((1, 3), 0.5)
+        >>> scene = GaussianScene.from_points(torch.zeros(1, 3), gray, sh_degree=0)
         >>> cameras = Cameras.orbit(3, radius=4.0, width=16, height=16)
         >>> trainer = SplatTrainer(scene, cameras, torch.ones(3, 16, 16, 3), steps=20)
         >>> history = trainer.fit()

@@ -21,5 +21,6 @@ __getattr__, __dir__, __all__ = attach(
         ],
         "statistics": ["assert_within_se"],
         "subject": ["Subject"],
+        "work": ["CountElements"],
     },
 )
