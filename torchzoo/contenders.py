@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from typing import Any, NamedTuple
 
@@ -56,11 +56,11 @@ def contests(
     """
     name, options = _parse(text)
     card = registry.card(name)
-    given = card.compare() if card.compare else registry.Comparison(*_example(card))
+    given = card.compare() if callable(card.compare) else registry.Comparison(*_example(card))
     kwargs = {**given.kwargs, **options}
     rivals = list(against) or list(given.peers)
     makers = {text: lambda: card.cls(**kwargs)}
-    makers |= {rival: _maker(rival, given.peers, kwargs) for rival in rivals}
+    makers |= {rival: maker(rival, given.peers, kwargs) for rival in rivals}
     modules = {label: _built(label, make).to(device) for label, make in makers.items()}
     found = []
     for shape in shapes or [_name_of(given.inputs)]:
@@ -69,6 +69,12 @@ def contests(
             _try(label, module, inputs, shape)
         found.append(Contest(shape, modules, inputs))
     return found
+
+
+def why_no_peers(text: str) -> str | None:
+    """The reason on a layer's card, if it has no peers."""
+    compare = registry.card(_parse(text)[0]).compare
+    return compare if isinstance(compare, str) else None
 
 
 def _example(card: registry.Card) -> tuple[Any, Any]:
@@ -83,11 +89,13 @@ def _parse(text: str) -> tuple[str, dict[str, Any]]:
     return match[1], parse_options(match[2] or "", repr(text))
 
 
-def _maker(
-    rival: str, peers: dict[str, Callable[..., nn.Module]] | Any, kwargs: dict[str, Any]
+def maker(
+    rival: str,
+    peers: Mapping[str, Callable[..., nn.Module]] | Sequence[str],
+    kwargs: dict[str, Any],
 ) -> Callable[[], nn.Module]:
     """What builds a peer: of the card, of the zoo, or by a dotted name."""
-    if rival in peers:
+    if isinstance(peers, Mapping) and rival in peers:
         return lambda: peers[rival](**kwargs)
     name, options = _parse(rival)
     try:

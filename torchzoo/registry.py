@@ -7,7 +7,7 @@ the file that defines it is imported.
 from __future__ import annotations
 
 import pkgutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import import_module
@@ -50,12 +50,14 @@ class Comparison:
     Attributes:
         kwargs: Keyword arguments of the constructor.
         inputs: Positional inputs of `forward`.
-        peers: By name, what builds a module for the same job from the same keyword arguments.
+        peers: By name, what builds a module for the same job from the same keyword arguments; or
+            layers of the zoo and classes of torch as `torchzoo bench --against` takes them, the
+            former with those keyword arguments that they know.
     """
 
     kwargs: Mapping[str, Any]
     inputs: tuple[torch.Tensor, ...]
-    peers: Mapping[str, Callable[..., nn.Module]] = field(default_factory=dict)
+    peers: Mapping[str, Callable[..., nn.Module]] | Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ class Card:
     paper: int | None
     example: Callable[[], Example]
     exempt: Mapping[str, str]
-    compare: Callable[[], Comparison] | None = None
+    compare: Callable[[], Comparison] | str | None = None
 
     @property
     def name(self) -> str:
@@ -92,7 +94,7 @@ def register(
     paper: int | None = None,
     example: Callable[[], Example],
     exempt: Mapping[str, str] | None = None,
-    compare: Callable[[], Comparison] | None = None,
+    compare: Callable[[], Comparison] | str | None = None,
 ) -> Callable[[M], M]:
     """Class decorator that gives a module its card.
 
@@ -101,7 +103,8 @@ def register(
         example: Makes a fresh `Example`.
         exempt: Capabilities (see `CAPABILITIES`) that lift checks of the contract, each with the
             reason, shown by `torchzoo info`.
-        compare: Makes the `Comparison` that `torchzoo bench` runs.
+        compare: Makes the `Comparison` that `torchzoo bench` runs, or says why the module has no
+            peers.
 
     Raises:
         ValueError: An unknown capability, an empty reason, or a name that the family already has.

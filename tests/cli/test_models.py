@@ -106,6 +106,12 @@ def test_bench_of_a_model_with_and_without_a_swap(run, tmp_path, monkeypatch):
         assert "expected one of LAYER, --op and --model" in err
 
 
+def test_bench_says_why_a_layer_has_no_peers(run):
+    code, out, err = run("bench", "KnowledgeCircuit", "--rounds", "3", "--no-backward")
+    assert code == 0
+    assert "no peers: exact probabilities under rules" in " ".join(err.split())
+
+
 def test_bench_of_a_layer_and_its_peers(run, tmp_path, monkeypatch):
     monkeypatch.setattr(timing, "WARM_UP", 0.0)
     file, plot = tmp_path / "bench.json", tmp_path / "bench.png"

@@ -286,6 +286,7 @@ class AFKANLayer(ZooModel):
             "grid_size": 0,
         },
     ),
+    compare=lambda: Comparison({"widths": (64, 64, 10)}, (torch.randn(256, 64),), peers.MLP),
 )
 class AFKAN(ZooModel):
     """A network of AF-KAN layers, run once for each of several reductions on the same weights.

@@ -21,8 +21,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from torchzoo import peers
 from torchzoo.hub import ZooModel
-from torchzoo.registry import Example, register
+from torchzoo.registry import Comparison, Example, register
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "softplus": F.softplus,
@@ -113,7 +114,8 @@ def steps(count: int, like: Tensor) -> Tensor:
         {"num_basis": 5},
         (torch.randn(3, 4, generator=torch.Generator().manual_seed(0)),),
         bad_options={"num_basis": 0},
-    )
+    ),
+    compare=lambda: Comparison({"num_basis": 8}, (torch.randn(1024, 64),), peers.BASES),
 )
 class FourierBasis(UnivariateBasis):
     """Cosines and sines of whole multiples of the input: cos x, sin x, cos 2x, sin 2x, and so on.
@@ -158,7 +160,12 @@ class FourierBasis(UnivariateBasis):
         {"activations": ("silu", "tanh", "softplus")},
         (torch.randn(3, 4, generator=torch.Generator().manual_seed(0)),),
         bad_options={"activations": ("silu", "sine")},
-    )
+    ),
+    compare=lambda: Comparison(
+        {"activations": ("softplus", "sigmoid", "silu", "relu", "elu", "gelu", "selu", "tanh")},
+        (torch.randn(1024, 64),),
+        peers.BASES,
+    ),
 )
 class ActivationBasis(UnivariateBasis):
     """Fixed activations as a basis, such as the SiLU of a layer's base branch.

@@ -283,7 +283,14 @@ class EvoNormB0(_BatchEvoNorm):
         return instance_term(x, self.v, self.eps)
 
 
-@register(paper=40, example=lambda: _batch_card((3, 4, 2, 3)), exempt=_FIXED_RANK)
+@register(
+    paper=40,
+    example=lambda: _batch_card((3, 4, 2, 3)),
+    exempt=_FIXED_RANK,
+    compare=lambda: Comparison(
+        {"num_features": 64}, (torch.randn(32, 64, 32, 32),), peers.NORM_ACTIVATIONS
+    ),
+)
 class EvoNormB1(_BatchEvoNorm):
     """`EvoNormB0` with (x + 1) times the instance's root mean square, and no `v`.
 
@@ -314,7 +321,14 @@ class EvoNormB1(_BatchEvoNorm):
         return (x + 1) * instance_rms(x, self.eps)
 
 
-@register(paper=40, example=lambda: _batch_card((3, 4, 2, 3)), exempt=_FIXED_RANK)
+@register(
+    paper=40,
+    example=lambda: _batch_card((3, 4, 2, 3)),
+    exempt=_FIXED_RANK,
+    compare=lambda: Comparison(
+        {"num_features": 64}, (torch.randn(32, 64, 32, 32),), peers.NORM_ACTIVATIONS
+    ),
+)
 class EvoNormB2(_BatchEvoNorm):
     """`EvoNormB0` with the instance's root mean square minus x, and no `v`.
 
@@ -389,7 +403,14 @@ class EvoNormS0(_SampleEvoNorm):
         return evonorm_s0(x, self.weight, self.bias, self.v, groups=self.groups, eps=self.eps)
 
 
-@register(paper=40, example=lambda: _sample_card((3, 4, 2, 3)), exempt=_FIXED_RANK)
+@register(
+    paper=40,
+    example=lambda: _sample_card((3, 4, 2, 3)),
+    exempt=_FIXED_RANK,
+    compare=lambda: Comparison(
+        {"num_features": 64}, (torch.randn(32, 64, 32, 32),), peers.NORM_ACTIVATIONS
+    ),
+)
 class EvoNormS1(_SampleEvoNorm):
     """`EvoNormS0` with a plain SiLU: no `v`.
 
@@ -416,7 +437,14 @@ class EvoNormS1(_SampleEvoNorm):
     """
 
 
-@register(paper=40, example=lambda: _sample_card((3, 4, 2, 3)), exempt=_FIXED_RANK)
+@register(
+    paper=40,
+    example=lambda: _sample_card((3, 4, 2, 3)),
+    exempt=_FIXED_RANK,
+    compare=lambda: Comparison(
+        {"num_features": 64}, (torch.randn(32, 64, 32, 32),), peers.NORM_ACTIVATIONS
+    ),
+)
 class EvoNormS2(_SampleEvoNorm):
     """`EvoNormS1` with the group's root mean square in place of its deviation.
 

@@ -25,7 +25,7 @@ from torch.func import functional_call
 
 from torchzoo.activations.evonorm_functions import affine, column, widened
 from torchzoo.hub import ZooModel
-from torchzoo.registry import Example, register
+from torchzoo.registry import Comparison, Example, register
 
 Graph = tuple[tuple[str | int, ...], ...]
 """For each node from 4 on: its operation and the nodes that it reads."""
@@ -72,6 +72,11 @@ S0: Graph = (("mul", 3, 0), ("sigmoid", 4), ("mul", 0, 5), ("std_whg", 0), ("div
         },
     ),
     exempt={"fixed-rank": "one batch axis, one channel axis, and all others are space"},
+    compare=lambda: Comparison(
+        {"num_features": 64, "graph": S0},
+        (torch.randn(32, 64, 32, 32),),
+        ("EvoNormS0(num_features=64)",),
+    ),
 )
 class GraphNorm(ZooModel):
     """A normalisation-activation layer given by a graph of operations.

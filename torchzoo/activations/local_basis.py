@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from torchzoo import peers
 from torchzoo.activations.basis import (
     UnivariateBasis,
     check_choice,
@@ -22,7 +23,7 @@ from torchzoo.activations.basis import (
     check_range,
     steps,
 )
-from torchzoo.registry import Example, register
+from torchzoo.registry import Comparison, Example, register
 
 
 def _input() -> tuple[Tensor]:
@@ -56,7 +57,8 @@ class _Centred(UnivariateBasis):
 @register(
     example=lambda: Example(
         {"num_basis": 5}, _input(), bad_options={"num_basis": 1, "grid_range": (0.0, 0.0)}
-    )
+    ),
+    compare=lambda: Comparison({"num_basis": 8}, (torch.randn(1024, 64),), peers.BASES),
 )
 class RBFBasis(_Centred):
     """Gaussians on a grid, as wide as the grid's spacing.
@@ -93,7 +95,8 @@ class RBFBasis(_Centred):
 @register(
     example=lambda: Example(
         {"num_basis": 5}, _input(), bad_options={"num_basis": 1, "grid_range": (0.0, 0.0)}
-    )
+    ),
+    compare=lambda: Comparison({"num_basis": 8}, (torch.randn(1024, 64),), peers.BASES),
 )
 class RSWAFBasis(_Centred):
     """Reflectional switches on a grid, 1 - tanh^2: bumps with exponential tails.
@@ -132,7 +135,8 @@ class RSWAFBasis(_Centred):
         {"grid_size": 4},
         (torch.rand(3, 4, generator=torch.Generator().manual_seed(0)),),
         bad_options={"grid_size": 0, "order": -1, "grid_range": (0.0, 0.0)},
-    )
+    ),
+    compare=lambda: Comparison({"grid_size": 5}, (torch.randn(1024, 64),), peers.BASES),
 )
 class ReLUProductBasis(UnivariateBasis):
     """Squared products of two ReLUs: bumps on overlapping intervals, with 1 as their maximum.
@@ -217,7 +221,10 @@ _WAVELETS: dict[str, Callable[[Tensor], Tensor]] = {
             "kind": "haar",
             "grid_range": (0.0, 0.0),
         },
-    )
+    ),
+    compare=lambda: Comparison(
+        {"in_features": 64, "num_basis": 8}, (torch.randn(1024, 64),), peers.BASES
+    ),
 )
 class WaveletBasis(UnivariateBasis):
     """Translates of a wavelet on a grid, each input's with a shift and a scale that learn.

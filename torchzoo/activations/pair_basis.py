@@ -17,6 +17,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from torchzoo import peers
 from torchzoo.activations.basis import (
     ACTIVATIONS,
     UnivariateBasis,
@@ -24,7 +25,7 @@ from torchzoo.activations.basis import (
     check_count,
     steps,
 )
-from torchzoo.registry import Example, register
+from torchzoo.registry import Comparison, Example, register
 
 COMBINATIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "quad1": lambda p, n: (p * n).square(),
@@ -45,6 +46,7 @@ COMBINATIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
         (torch.rand(3, 4, generator=torch.Generator().manual_seed(0)),),
         bad_options={"grid_size": 0, "order": -1, "activation": "sine", "combine": "quad3"},
     ),
+    compare=lambda: Comparison({"grid_size": 5}, (torch.randn(1024, 64),), peers.BASES),
 )
 class PairBasis(UnivariateBasis):
     """Combined pairs of shifted activations, whose shifts learn.

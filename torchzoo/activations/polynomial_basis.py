@@ -14,8 +14,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from torchzoo import peers
 from torchzoo.activations.basis import UnivariateBasis, check_count
-from torchzoo.registry import Example, register
+from torchzoo.registry import Comparison, Example, register
 
 
 class _Polynomials(UnivariateBasis):
@@ -51,7 +52,8 @@ class _Polynomials(UnivariateBasis):
         {"degree": 4},
         (torch.randn(3, 4, generator=torch.Generator().manual_seed(0)),),
         bad_options={"degree": 0},
-    )
+    ),
+    compare=lambda: Comparison({"degree": 7}, (torch.randn(1024, 64),), peers.BASES),
 )
 class ChebyshevBasis(_Polynomials):
     """Chebyshev polynomials of the first kind, T_0 to T_degree, of tanh(x).
@@ -90,7 +92,8 @@ class ChebyshevBasis(_Polynomials):
         {"degree": 4, "a": 0.5},
         (torch.randn(3, 4, generator=torch.Generator().manual_seed(0)),),
         bad_options={"degree": 0, "a": -1.0, "b": -2.0},
-    )
+    ),
+    compare=lambda: Comparison({"degree": 7, "a": 0.5}, (torch.randn(1024, 64),), peers.BASES),
 )
 class JacobiBasis(_Polynomials):
     """Jacobi polynomials of tanh(x), orthogonal under the weight (1 - z)^a (1 + z)^b.
@@ -146,7 +149,8 @@ class JacobiBasis(_Polynomials):
         {"degree": 4},
         (torch.randn(3, 4, generator=torch.Generator().manual_seed(0)),),
         bad_options={"degree": 0, "num_points": 4},
-    )
+    ),
+    compare=lambda: Comparison({"degree": 7}, (torch.randn(1024, 64),), peers.BASES),
 )
 class GramBasis(_Polynomials):
     """Gram polynomials of tanh(x), whose recurrence learns.

@@ -15,10 +15,11 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from torchzoo import peers
 from torchzoo.activations.basis import UnivariateBasis, check_count
 from torchzoo.activations.kan import as_weights, compute_type, in_tiles, make_basis
 from torchzoo.hub import ZooModel
-from torchzoo.registry import Example, register
+from torchzoo.registry import Comparison, Example, register
 
 POOL = ("bspline", "rbf", "chebyshev", "wavelet")
 FULL, SELECTIVE, PRUNED = 1, 2, 3
@@ -131,6 +132,15 @@ def check_pool(pool: Sequence[str]) -> tuple[str, ...]:
             "out_features": 0,
             "nodes": {"bspline": [0, 3]},
         },
+    ),
+    compare=lambda: Comparison(
+        {
+            "in_features": 64,
+            "out_features": 64,
+            "nodes": {"bspline": range(32), "chebyshev": range(32, 64)},
+        },
+        (2 * torch.rand(256, 64) - 1,),
+        peers.LINEAR,
     ),
 )
 class PrunedKANLinear(PooledKAN):

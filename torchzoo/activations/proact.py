@@ -22,9 +22,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from torchzoo import peers
 from torchzoo.activations.base import ActivationBase
 from torchzoo.ops import hyrelu
-from torchzoo.registry import Example, register
+from torchzoo.registry import Comparison, Example, register
 from torchzoo.surgery import Replaced, find, replace
 
 __all__ = [
@@ -81,7 +82,11 @@ def _example(options: dict[str, Any], bad: dict[str, Any]) -> Callable[[], Examp
     )
 
 
-@register(paper=121, example=_example({"sharpness": 5.0}, {"sharpness": 0.0}))
+@register(
+    paper=121,
+    example=_example({"sharpness": 5.0}, {"sharpness": 0.0}),
+    compare=lambda: Comparison({"bound": [6.0] * 4096}, (torch.randn(512, 4096),), peers.BOUNDED),
+)
 class HybridClippedReLU(_Clipped):
     """ReLU that falls smoothly to zero above a bound which learns.
 
@@ -142,7 +147,11 @@ class HybridClippedReLU(_Clipped):
         return text + (", hard=True" if self.hard else "")
 
 
-@register(paper=121, example=_example({"sharpness": 5.0}, {"sharpness": 0.0}))
+@register(
+    paper=121,
+    example=_example({"sharpness": 5.0}, {"sharpness": 0.0}),
+    compare=lambda: Comparison({"bound": [6.0] * 4096}, (torch.randn(512, 4096),), peers.BOUNDED),
+)
 class FitAct(HybridClippedReLU):
     """The same smooth function with a bound for each neuron of every layer: a baseline.
 
@@ -174,7 +183,11 @@ class FitAct(HybridClippedReLU):
     """
 
 
-@register(paper=121, example=_example({}, {}))
+@register(
+    paper=121,
+    example=_example({}, {}),
+    compare=lambda: Comparison({"bound": [6.0] * 4096}, (torch.randn(512, 4096),), peers.BOUNDED),
+)
 class Ranger(_Clipped):
     """ReLU that saturates at a bound: a baseline.
 
@@ -216,7 +229,11 @@ class Ranger(_Clipped):
         return torch.where(x > 0, x, 0.0).minimum(self.bound.to(x.dtype))
 
 
-@register(paper=121, example=_example({}, {}))
+@register(
+    paper=121,
+    example=_example({}, {}),
+    compare=lambda: Comparison({"bound": [6.0] * 4096}, (torch.randn(512, 4096),), peers.BOUNDED),
+)
 class ClipAct(_Clipped):
     """ReLU that gives zero above a bound, by comparison: a baseline.
 

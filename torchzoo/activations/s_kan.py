@@ -274,6 +274,7 @@ class SKANLinear(PooledKAN):
         (2 * torch.rand(4, 3, generator=torch.Generator().manual_seed(0)) - 1,),
         bad_options={"widths": (3,), "pool": ()},
     ),
+    compare=lambda: Comparison({"widths": (64, 64, 10)}, (2 * torch.rand(256, 64) - 1,), peers.MLP),
 )
 class SKAN(ZooModel):
     """A network of `SKANLinear` layers.

@@ -15,11 +15,12 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
+from torchzoo import peers
 from torchzoo.activations.basis import check_choice, check_count
 from torchzoo.activations.pooled import POOL, PrunedKANLinear
 from torchzoo.activations.s_kan import SKANLinear
 from torchzoo.hub import ZooModel
-from torchzoo.registry import Example, register
+from torchzoo.registry import Comparison, Example, register
 
 
 def _pair(name: str, value: int | Sequence[int], least: int) -> tuple[int, int]:
@@ -51,6 +52,11 @@ def _pair(name: str, value: int | Sequence[int], least: int) -> tuple[int, int]:
             "gate": "edge",
             "pool": (),
         },
+    ),
+    compare=lambda: Comparison(
+        {"in_channels": 8, "out_channels": 16, "kernel_size": 3, "padding": 1},
+        (2 * torch.rand(8, 8, 16, 16) - 1,),
+        peers.CONVOLUTION,
     ),
 )
 class SConvKAN2d(ZooModel):

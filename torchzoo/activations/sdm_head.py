@@ -9,10 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from torchzoo import peers
 from torchzoo.activations.sdm_tables import cdf, class_table, room_for
 from torchzoo.hub import ZooModel
 from torchzoo.ops import knn
-from torchzoo.registry import Example, register
+from torchzoo.registry import Comparison, Example, register
 
 Batches = Iterable[tuple[Tensor, Tensor]]
 """Batches of embeddings `(B, in_features)` and labels `(B,)`."""
@@ -44,6 +45,9 @@ class SDMOutput(NamedTuple):
             "support_size": -1,
             "distance_size": -1,
         },
+    ),
+    compare=lambda: Comparison(
+        {"in_features": 512, "num_classes": 10}, (torch.randn(256, 512),), peers.HEADS
     ),
 )
 class SDMHead(ZooModel):

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from torchzoo.activations.basis import UnivariateBasis, check_count, check_range, steps
-from torchzoo.registry import Example, register
+from torchzoo.registry import Comparison, Example, register
 
 
 class _CardinalSplines(torch.autograd.Function):
@@ -73,7 +73,12 @@ class _CardinalSplines(torch.autograd.Function):
         {"grid_size": 4, "order": 3},
         (2.4 * torch.rand(3, 4, generator=torch.Generator().manual_seed(0)) - 1.2,),
         bad_options={"grid_size": 0, "order": 0, "grid_range": (1.0, -1.0), "in_features": 0},
-    )
+    ),
+    compare=lambda: Comparison(
+        {"grid_size": 5},
+        (torch.randn(1024, 64),),
+        ("RBFBasis(num_basis=8)", "ChebyshevBasis(degree=7)"),
+    ),
 )
 class BSplineBasis(UnivariateBasis):
     """B-splines on a grid that is continued beyond both ends, so that they fade out there.

@@ -122,6 +122,11 @@ class GaussianAdaptiveTransformerBlock(ZooModel):
         (torch.randn(2, 7, 8, generator=torch.Generator().manual_seed(0)),),
         bad_options={"dim": 10, "num_heads": 3, "num_kv_heads": 3, "gaussian_heads": 0},
     ),
+    compare=lambda: Comparison(
+        {"dim": 256, "num_heads": 8, "num_kv_heads": 2},
+        (torch.randn(4, 256, 256),),
+        peers.SELF_ATTENTION,
+    ),
 )
 class GroupedQueryGaussianAttention(ZooModel):
     """Grouped-query attention on an input that a Gaussian gate has recalibrated.

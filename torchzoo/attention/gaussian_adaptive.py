@@ -27,8 +27,9 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from torchzoo import peers
 from torchzoo.hub import ZooModel
-from torchzoo.registry import Example, register
+from torchzoo.registry import Comparison, Example, register
 
 Mixing = Literal["sum", "product"]
 
@@ -64,6 +65,7 @@ def check_mask(mask: Tensor | None, x: Tensor) -> None:
             "eps": -1.0,
         },
     ),
+    compare=lambda: Comparison({"dim": 256}, (torch.randn(4, 256, 256),), peers.SELF_ATTENTION),
 )
 class MultiHeadGaussianAdaptiveAttention(ZooModel):
     """Gate each element by learned Gaussians of its z-score, one set a chunk of the norm axis.
@@ -322,6 +324,7 @@ def _at_least_one(count: Tensor | int) -> Tensor | int:
         (torch.randn(2, 5, 6, generator=torch.Generator().manual_seed(0)),),
         bad_options={"dim": 0, "num_gaussians": 0, "norm_dim": 0, "mixing": "mean"},
     ),
+    compare=lambda: Comparison({"dim": 256}, (torch.randn(4, 256, 256),), peers.SELF_ATTENTION),
 )
 class GaussianAdaptiveAttention(MultiHeadGaussianAdaptiveAttention):
     """Gate each element by learned Gaussians of its z-score along the whole norm axis.

@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from torchzoo.attention.random_feature_model import RandomFeatureModel, check_counts, check_inputs
-from torchzoo.registry import Example, register
+from torchzoo.registry import Comparison, Example, register
 
 Activation = Literal["relu", "gelu", "tanh"]
 
@@ -172,6 +172,14 @@ def rfa_target(
             "activation": "softmax",
         },
     ),
+    compare=lambda: Comparison(
+        {"dim": 32, "num_heads": 256},
+        (
+            torch.randn(256, 32),
+            torch.randn(256, 64, 32),
+        ),
+        ("RandomFeatureMLP(num_keys=64, width=8448)",),
+    ),
 )
 class RandomFeatureAttention(RandomFeatureModel):
     """Regress on a query and a set of keys by attention heads with frozen random weights.
@@ -274,6 +282,14 @@ class RandomFeatureAttention(RandomFeatureModel):
         {"dim": 4, "num_heads": 6},
         (torch.randn(3, 4), torch.randn(3, 5, 4)),
         bad_options={"num_heads": 0, "weight_std": -1.0},
+    ),
+    compare=lambda: Comparison(
+        {"dim": 32, "num_heads": 256},
+        (
+            torch.randn(256, 32),
+            torch.randn(256, 64, 32),
+        ),
+        ("RandomFeatureMLP(num_keys=64, width=8448)",),
     ),
 )
 class BiasedRandomFeatureAttention(RandomFeatureAttention):

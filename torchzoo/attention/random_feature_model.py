@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from torchzoo.common.solvers import ridge as solve_ridge
 from torchzoo.hub import ZooModel
-from torchzoo.registry import Example, register
+from torchzoo.registry import Comparison, Example, register
 
 Solver = Literal["auto", "primal", "dual", "cg"]
 
@@ -123,6 +123,14 @@ class RandomFeatureModel(ZooModel):
         {"dim": 4, "num_keys": 5, "width": 7, "out_features": 2},
         (torch.randn(3, 4), torch.randn(3, 5, 4)),
         bad_options={"dim": 0, "num_keys": 0, "width": 0, "out_features": 0},
+    ),
+    compare=lambda: Comparison(
+        {"dim": 32, "num_keys": 64, "width": 8448},
+        (
+            torch.randn(256, 32),
+            torch.randn(256, 64, 32),
+        ),
+        ("RandomFeatureAttention(num_heads=256)",),
     ),
 )
 class RandomFeatureMLP(RandomFeatureModel):

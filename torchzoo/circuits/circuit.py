@@ -48,6 +48,7 @@ TIES = ("none", "sums", "leaves", "all")
         inputs=(torch.randint(0, 3, (5, 4)),),
         bad_options={"num_units": 0, "num_leaf_units": 0, "sum": "max", "num_classes": 0},
     ),
+    compare="`bench --op circuit_step` has a training step beside plain sums of exponentials",
 )
 class Circuit(ZooModel):
     """Probabilistic circuit over `D` variables, evaluated layer by layer in log space.

@@ -95,6 +95,7 @@ def conformal_quantile(scores: Tensor, level: float) -> Tensor:
             "allocation": "none",
         },
     ),
+    compare="exact probabilities under rules, which no layer of torch gives",
 )
 class COLEP(ZooModel):
     """Conformal sets of classes after reasoning; `forward` gives the corrected probabilities.

@@ -80,6 +80,7 @@ class Decisions(nn.Module):
         inputs=(0.05 + 0.9 * torch.rand(5, 4, generator=torch.Generator().manual_seed(0)),),
         bad_options={"num_concepts": 0, "rules": [(0, 4, 1.0)], "blend": 1.5},
     ),
+    compare="exact probabilities under rules, which no layer of torch gives",
 )
 class KnowledgeCircuit(ZooModel):
     """Corrects the probabilities of `L` binary concepts by weighted rules.
@@ -333,6 +334,7 @@ class KnowledgeCircuit(ZooModel):
         inputs=(0.05 + 0.9 * torch.rand(5, 3, generator=torch.Generator().manual_seed(0)),),
         bad_options={"circuits": [], "beta": [0.5, 0.6]},
     ),
+    compare="exact probabilities under rules, which no layer of torch gives",
 )
 class KnowledgeMixture(ZooModel):
     """Averages knowledge circuits over the same concepts: `sum_r beta_r pi^(r)`.

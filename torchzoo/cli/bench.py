@@ -154,7 +154,7 @@ def _layers(
 ) -> dict[str, Any]:
     """Time, memory and operations of a layer and its peers, case by case."""
     with working(f"building {text}") as status:
-        from torchzoo.contenders import contests
+        from torchzoo.contenders import contests, why_no_peers
         from torchzoo.timing import time_modules
 
         result = {}
@@ -171,6 +171,8 @@ def _layers(
                 compiled=compiled,
                 progress=tick,
             )
+    if not against and (reason := why_no_peers(text)):
+        stderr().print(f"no peers: {reason}", style="dim")
     return result
 
 

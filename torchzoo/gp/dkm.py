@@ -52,6 +52,7 @@ from torchzoo.registry import Example, register
             "targets": [[1.0]],
         },
     ),
+    compare="layers of Gram matrices, which have no counterpart that maps features",
 )
 class DeepKernelMachine(ZooModel):
     """Deep kernel machine on all data points: time is cubic in their number.

@@ -38,6 +38,7 @@ def _example_blocks() -> tuple[Tensor, Tensor, Tensor]:
         _example_blocks(),
         bad_options={"num_inducing": 0, "kernel": "cubic", "nu": 0.0, "jitter": -1.0},
     ),
+    compare="layers of Gram matrices, which have no counterpart that maps features",
 )
 class DKMLayer(ZooModel):
     """One layer of a deep kernel machine: from a Gram matrix to the next.

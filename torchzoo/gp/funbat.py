@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from torchzoo.gp.functional_tensor import FunctionalTensor, Moments
-from torchzoo.registry import Example, register
+from torchzoo.registry import Comparison, Example, register
 
 _ROWS, _COLUMNS = string.ascii_lowercase[:25], string.ascii_uppercase[:25]  # z: the entries
 _BAD: dict[str, Any] = {
@@ -53,6 +53,9 @@ _BAD: dict[str, Any] = {
         {"num_modes": 2, "ranks": [2, 3]},
         (torch.rand(5, 2, generator=torch.Generator().manual_seed(0)),),
         bad_options=_BAD,
+    ),
+    compare=lambda: Comparison(
+        {"num_modes": 2, "ranks": 3}, (torch.rand(1024, 2),), ("FunctionalCP",)
     ),
 )
 class FunBaT(FunctionalTensor):
@@ -196,6 +199,7 @@ class FunBaT(FunctionalTensor):
         (torch.rand(5, 3, generator=torch.Generator().manual_seed(0)),),
         bad_options={**_BAD, "ranks": [2, 2, 3]},
     ),
+    compare=lambda: Comparison({"num_modes": 2, "ranks": 3}, (torch.rand(1024, 2),), ("FunBaT",)),
 )
 class FunctionalCP(FunctionalTensor):
     """Bayesian CP decomposition at real indexes: `FunBaT` with a core of ones on the diagonal.

@@ -94,6 +94,7 @@ def laplace(fields: Fields) -> Tensor:
             "boundary_weight": -1.0,
         },
     ),
+    compare="dense Gaussian processes can't hold grids of a size where speed counts",
 )
 class GPHM(KroneckerGP):
     """Solver of differential equations whose solutions have high or several frequencies.

@@ -44,6 +44,7 @@ from torchzoo.registry import Example, register
             "likelihood": "poisson",
         },
     ),
+    compare="layers of Gram matrices, which have no counterpart that maps features",
 )
 class SparseDKM(ZooModel):
     """Deep kernel machine on inducing points: training takes linear time in the data.

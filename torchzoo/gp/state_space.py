@@ -217,6 +217,7 @@ def read_chain(sde: MaternSDE, chain: Chain, t: Tensor) -> tuple[Tensor, Tensor]
             "noise": 0.0,
         },
     ),
+    compare="an exact process of gpytorch, cubic in the observations, has no such forward pass",
 )
 class StateSpaceGP(ZooModel):
     """Gaussian process regression on the line with a Matérn kernel, in linear time and memory.

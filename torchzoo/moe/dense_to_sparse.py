@@ -41,7 +41,7 @@ from torchzoo.moe.routing import (
     top_k_experts,
     without_autocast,
 )
-from torchzoo.registry import Example, register
+from torchzoo.registry import Comparison, Example, register
 
 
 def _annealed(start: float, final: float, progress: Tensor, schedule: str) -> Tensor:
@@ -57,6 +57,9 @@ def _annealed(start: float, final: float, progress: Tensor, schedule: str) -> Te
         kwargs={"dim": 6, "num_experts": 4, "temperature": "learned", "noise": None, "bias": True},
         inputs=(torch.randn(5, 6),),
         bad_options={"temperature": 0.0, "schedule": "cosine", "noise": "normal", "threshold": 1.0},
+    ),
+    compare=lambda: Comparison(
+        {"dim": 512, "num_experts": 64}, (torch.randn(1024, 512),), ("TopKGate(k=1)",)
     ),
 )
 class DenseToSparseGate(Gate):
@@ -261,6 +264,9 @@ _DEGENERATE_MODULES = (nn.Identity, nn.ReLU, nn.LeakyReLU, nn.PReLU)
         kwargs={"dim": 6, "num_experts": 4, "learn_temperature": True},
         inputs=(torch.randn(5, 6),),
         bad_options={"activation": "cubic", "temperature": -1.0},
+    ),
+    compare=lambda: Comparison(
+        {"dim": 512, "num_experts": 64}, (torch.randn(1024, 512),), ("SoftmaxGate",)
     ),
 )
 class ActivationDenseToSparseGate(Gate):

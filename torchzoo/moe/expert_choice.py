@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from torchzoo.moe.routing import Gate, Routing, all_experts, check_positive, top_k_experts
-from torchzoo.registry import Example, register
+from torchzoo.registry import Comparison, Example, register
 
 
 @register(
@@ -23,6 +23,9 @@ from torchzoo.registry import Example, register
         bad_options={"capacity_factor": 0.0},
     ),
     exempt={"couples-batch": "experts choose among the tokens of the batch"},
+    compare=lambda: Comparison(
+        {"dim": 512, "num_experts": 64}, (torch.randn(1024, 512),), ("SoftmaxGate",)
+    ),
 )
 class ExpertChoiceGate(Gate):
     """Gate in which experts choose tokens, so that all have the same load.

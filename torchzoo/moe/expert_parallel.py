@@ -29,7 +29,7 @@ from torchzoo.moe.placement import (
     one_owner,
     plan_dispatch,
 )
-from torchzoo.registry import Example, register
+from torchzoo.registry import Comparison, Example, register
 
 
 class ShardedExperts(ZooModel):
@@ -157,6 +157,14 @@ def _unsorted(rows: Tensor, order: Tensor) -> Tensor:
         inputs=(torch.randn(7, 6), torch.tensor([3, 3, 7], dtype=torch.int32)),
         batch_dims=0,
         bad_options={"node_size": 2},
+    ),
+    compare=lambda: Comparison(
+        {"experts": GroupedExperts(256, 512, 8), "mesh": None},
+        (
+            torch.randn(1024, 256),
+            128 * torch.arange(1, 9, dtype=torch.int32),
+        ),
+        {"GroupedExperts": lambda experts, **_: experts},
     ),
 )
 class EPExperts(ShardedExperts):

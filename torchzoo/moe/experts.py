@@ -14,13 +14,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from torchzoo import peers
 from torchzoo.hub import ZooModel
 from torchzoo.moe.dispatch import unpermute_tokens
 from torchzoo.moe.routing import check_count
 from torchzoo.ops import grouped_ffn, grouped_mm
 from torchzoo.ops.grouped_ffn import ACTIVATIONS as FUSED
 from torchzoo.ops.grouped_ffn import swiglu
-from torchzoo.registry import Example, register
+from torchzoo.registry import Comparison, Example, register
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "swiglu": swiglu,
@@ -35,6 +36,14 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
         inputs=(torch.randn(7, 6), torch.tensor([3, 3, 7], dtype=torch.int32)),
         batch_dims=0,
         bad_options={"hidden_dim": 0, "activation": "swish"},
+    ),
+    compare=lambda: Comparison(
+        {"dim": 256, "hidden_dim": 512, "num_experts": 8},
+        (
+            torch.randn(1024, 256),
+            128 * torch.arange(1, 9, dtype=torch.int32),
+        ),
+        peers.EXPERTS,
     ),
 )
 class GroupedExperts(ZooModel):

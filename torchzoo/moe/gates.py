@@ -21,7 +21,7 @@ from torchzoo.moe.routing import (
     chosen_experts,
     top_k_experts,
 )
-from torchzoo.registry import Example, register
+from torchzoo.registry import Comparison, Example, register
 
 __all__ = [
     "ActivationDenseToSparseGate",
@@ -39,7 +39,10 @@ __all__ = [
         kwargs={"dim": 6, "num_experts": 4, "bias": True},
         inputs=(torch.randn(5, 6),),
         bad_options={"dim": 0, "num_experts": 0},
-    )
+    ),
+    compare=lambda: Comparison(
+        {"dim": 512, "num_experts": 64}, (torch.randn(1024, 512),), ("ActivationDenseToSparseGate",)
+    ),
 )
 class SoftmaxGate(Gate):
     """Dense gate: every token uses every expert, weighted by `softmax(x W^T + b)`.
@@ -93,6 +96,9 @@ class SoftmaxGate(Gate):
         kwargs={"dim": 6, "num_experts": 4, "k": 2},
         inputs=(torch.randn(5, 6),),
         bad_options={"k": 5},
+    ),
+    compare=lambda: Comparison(
+        {"dim": 512, "num_experts": 64, "k": 2}, (torch.randn(1024, 512),), ("NoisyTopKGate",)
     ),
 )
 class TopKGate(Gate):
@@ -231,6 +237,9 @@ class TopKGate(Gate):
         kwargs={"dim": 6, "num_experts": 4, "k": 2},
         inputs=(torch.randn(5, 6),),
         bad_options={"k": 0},
+    ),
+    compare=lambda: Comparison(
+        {"dim": 512, "num_experts": 64, "k": 2}, (torch.randn(1024, 512),), ("TopKGate",)
     ),
 )
 class NoisyTopKGate(Gate):

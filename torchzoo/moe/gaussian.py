@@ -129,6 +129,7 @@ def _check_gate(gate: Gate, dim: int, num_experts: int) -> None:
         inputs=(torch.randn(5, 3),),
         bad_options={"num_experts": 0, "gate": "hard", "top_k": 2},
     ),
+    compare="a statistical model: what counts is its fit, which its experiment measures",
 )
 class GaussianMoE(ZooModel):
     """Conditional density of a scalar given features: gated linear experts with Gaussian noise.

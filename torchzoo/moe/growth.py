@@ -127,6 +127,7 @@ class GrowthSample(NamedTuple):
             "time_range": (1.0, 0.0),
         },
     ),
+    compare="a statistical model: what counts is its fit, which its experiment measures",
 )
 class GrowthMoE(ZooModel):
     """Density of repeated measurements of subjects from latent classes with growth curves.

@@ -250,6 +250,7 @@ class CentredFactors(NamedTuple):
         ),
         bad_options={"num_classes": 0, "num_covariates": -1, "tvc": -1},
     ),
+    compare="a statistical model: what counts is its fit, which its experiment measures",
 )
 class BilinearSplineExpert(GrowthExpert):
     """Densities of repeated measurements that follow two straight lines joined at a knot.

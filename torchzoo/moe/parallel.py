@@ -26,7 +26,7 @@ from torchzoo.moe.prefetch import Copies, freed
 from torchzoo.moe.resharding import reshard
 from torchzoo.moe.routing import check_count
 from torchzoo.moe.simulate import calibrate as calibrated
-from torchzoo.registry import Example, register
+from torchzoo.registry import Comparison, Example, register
 
 
 @register(
@@ -36,6 +36,14 @@ from torchzoo.registry import Example, register
         inputs=(torch.randn(7, 6), torch.tensor([3, 3, 7], dtype=torch.int32)),
         batch_dims=0,
         bad_options={"window": 0, "memory_capacity": -1, "overlap_degree": -1},
+    ),
+    compare=lambda: Comparison(
+        {"experts": GroupedExperts(256, 512, 8), "mesh": None},
+        (
+            torch.randn(1024, 256),
+            128 * torch.arange(1, 9, dtype=torch.int32),
+        ),
+        {"GroupedExperts": lambda experts, **_: experts},
     ),
 )
 class FSSDPExperts(ShardedExperts):

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torchzoo.hub import ZooModel
 from torchzoo.moe.routing import check_count
 from torchzoo.moe.squashed_mixture import SquashedGaussianMixture
-from torchzoo.registry import Example, register
+from torchzoo.registry import Comparison, Example, register
 
 
 @register(
@@ -39,6 +39,9 @@ from torchzoo.registry import Example, register
             "hidden": (8, 0),
             "log_std_bounds": (2.0, -20.0),
         },
+    ),
+    compare=lambda: Comparison(
+        {"obs_dim": 64, "action_dim": 8}, (torch.randn(1024, 64),), ("PMoEPolicy(num_experts=1)",)
     ),
 )
 class PMoEPolicy(ZooModel):

@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from torchzoo.hub import ZooModel
-from torchzoo.registry import Example, register
+from torchzoo.registry import Comparison, Example, register
 
 
 def heatmap_mass_mask(out: Tensor, tau: float, *, delta: float = 1e-5, min_keep: int = 1) -> Tensor:
@@ -105,6 +105,7 @@ def uniform_mask(out: Tensor, ratio: float, *, delta: float = 1e-5) -> Tensor:
         bad_options={"in_channels": 0, "out_channels": 0, "pool_target": 0},
     ),
     exempt={"fixed-rank": "images are (B, C, H, W)"},
+    compare="a part of FTWTConv2d, which has peers",
 )
 class MaskPredictor(ZooModel):
     """The head: average pooling and one linear layer, a logit for each filter.
@@ -213,6 +214,18 @@ class GateRecord(NamedTuple):
         },
     ),
     exempt={"fixed-rank": "images are (B, C, H, W)"},
+    compare=lambda: Comparison(
+        {
+            "conv": {"in_channels": 64, "out_channels": 64, "kernel_size": 3, "padding": 1},
+            "bn": {"num_features": 64},
+        },
+        (torch.rand(8, 64, 32, 32),),
+        {
+            "Conv2d, BatchNorm2d, ReLU": lambda conv, bn, **_: nn.Sequential(
+                nn.Conv2d(**conv), nn.BatchNorm2d(**bn), nn.ReLU()
+            )
+        },
+    ),
 )
 class FTWTConv2d(ZooModel):
     """Convolution, batch norm and activation with a mask over the filters for each image.

@@ -23,9 +23,10 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from torchzoo import peers
 from torchzoo.hub import ZooModel
 from torchzoo.ops.delta_linear import state_dtype
-from torchzoo.registry import Example, register
+from torchzoo.registry import Comparison, Example, register
 from torchzoo.sparsity.delta_conv import DeltaConv2d
 from torchzoo.sparsity.delta_layers import DeltaLinear, check_positive
 
@@ -126,6 +127,9 @@ class ActivationState(NamedTuple):
         },
     ),
     exempt={"fixed-rank": "the second dimension of the input is time"},
+    compare=lambda: Comparison(
+        {"num_features": 256}, (torch.randn(8, 16, 256),), ("torch.nn.ReLU",)
+    ),
 )
 class DeltaActivation(_PenalisedActivation):
     """Activation, quantisation with a trained step, and a penalty on changes over time.
@@ -315,6 +319,7 @@ class DeltaActivation(_PenalisedActivation):
         (torch.randn(2, 5, 4),),
         bad_options={"activation": "tanh", "rate": -1.0, "fan_out": -1.0},
     ),
+    compare=lambda: Comparison({}, (torch.randn(512, 4096),), peers.ACTIVATIONS),
 )
 class L1Activation(_PenalisedActivation):
     """An activation with a penalty on its size, the spatial counterpart of `DeltaActivation`.

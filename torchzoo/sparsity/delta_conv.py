@@ -32,6 +32,7 @@ from torchzoo.sparsity.delta_layers import DeltaLayer, check_positive
             "resync_every": 0,
         },
     ),
+    compare="its gain needs frames that follow each other: `torchzoo reproduce 157` measures it",
 )
 class DeltaConv2d(DeltaLayer):
     """A 2-D convolution, channels last, with a streaming form that skips unchanged inputs.

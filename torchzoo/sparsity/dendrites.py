@@ -21,8 +21,9 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from torchzoo import peers
 from torchzoo.hub import ZooModel
-from torchzoo.registry import Example, register
+from torchzoo.registry import Comparison, Example, register
 from torchzoo.sparsity.sdr_patterns import SDR
 
 
@@ -46,6 +47,11 @@ from torchzoo.sparsity.sdr_patterns import SDR
             "segments_per_neuron": 3,
             "surrogate": "relu",
         },
+    ),
+    compare=lambda: Comparison(
+        {"n": 1024, "num_segments": 256, "max_synapses": 32, "threshold": 8, "surrogate": "ste"},
+        ((torch.rand(256, 1024) < 0.02).float(),),
+        peers.SEGMENTS,
     ),
 )
 class DendriteSegments(ZooModel):

@@ -117,6 +117,7 @@ def _kept(a: Tensor, k: int, sorted_ties: bool) -> Tensor:
     example=lambda: Example(
         {"k": 3}, (torch.randn(4, 8),), bad_options={"k": 0, "activation": "tanh"}
     ),
+    compare=lambda: Comparison({"k": 128}, (torch.randn(512, 4096),), peers.ACTIVATIONS),
 )
 class TopKActivation(ZooModel):
     """An activation of which the k largest entries of each token are kept.

@@ -28,8 +28,9 @@ from typing import Any, Literal, Self
 import torch
 from torch import Tensor, nn
 
+from torchzoo import peers
 from torchzoo.hub import ZooModel
-from torchzoo.registry import Example, register
+from torchzoo.registry import Comparison, Example, register
 from torchzoo.sparsity.ffn import SparseFFN, on_hidden
 from torchzoo.sparsity.hosts import find_ffns
 from torchzoo.sparsity.layouts import is_mlp
@@ -81,6 +82,7 @@ def fatrelu(x: Tensor, threshold: float | Tensor = 0.01) -> Tensor:
     example=lambda: Example(
         {"threshold": 0.3}, (torch.randn(3, 5),), bad_options={"threshold": -0.1}
     ),
+    compare=lambda: Comparison({"threshold": 0.01}, (torch.randn(512, 4096),), peers.ACTIVATIONS),
 )
 class FATReLU(ZooModel):
     """Relu that also drops small positive values, and leaves the others as they are.

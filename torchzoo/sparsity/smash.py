@@ -32,7 +32,11 @@ def _example() -> Example:
     )
 
 
-@register(paper=135, example=_example)
+@register(
+    paper=135,
+    example=_example,
+    compare="sparse products are measured beside their peers by `bench --op spgemm`",
+)
 class SparseSparseLinear(ZooModel):
     """A linear layer whose weight is stored on a fixed pattern, for sparse or dense inputs.
 

@@ -59,6 +59,7 @@ def _example() -> Example:
     paper=157,
     example=_example,
     exempt={"fixed-rank": "the second dimension of the input is time"},
+    compare="its gain needs frames that follow each other: `torchzoo reproduce 157` measures it",
 )
 class StreamingModel(ZooModel):
     """Layers run a frame at a time, with their state in the caller's hands.

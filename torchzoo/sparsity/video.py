@@ -60,6 +60,7 @@ def _example() -> Example:
     paper=157,
     example=_example,
     exempt={"fixed-rank": "the second dimension of the input is time"},
+    compare="its gain needs frames that follow each other: `torchzoo reproduce 157` measures it",
 )
 class VideoNet(ZooModel):
     """A classifier of video, convolutions and then linear layers, whose stream skips what stays.

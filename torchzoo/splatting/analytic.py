@@ -45,8 +45,9 @@ import torch
 from einops import reduce
 from torch import Tensor, nn
 
+from torchzoo import peers
 from torchzoo.ops._splat_kernels import ANALYTIC, logistic_cdf, weights
-from torchzoo.registry import register
+from torchzoo.registry import Comparison, register
 from torchzoo.splatting.cameras import Cameras
 from torchzoo.splatting.scene import GaussianScene, _example
 
@@ -240,7 +241,13 @@ def _check_divides(name: str, factor: int, size: tuple[int, int]) -> None:
         raise ValueError(f"{name}: got {factor}, expected a divisor of height and width {size}")
 
 
-@register(paper=17, example=_example)
+@register(
+    paper=17,
+    example=_example,
+    compare=lambda: Comparison(
+        {"num_gaussians": 2000, "image_size": (96, 128)}, peers.one_view(), ("GaussianScene",)
+    ),
+)
 class AnalyticScene(GaussianScene):
     """A scene whose pictures integrate each Gaussian over the pixels.
 

@@ -25,10 +25,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
-from torchzoo import ops
+from torchzoo import ops, peers
 from torchzoo.common.quantize import ResidualVQ
 from torchzoo.files import atomic_path
-from torchzoo.registry import Example, register
+from torchzoo.registry import Comparison, Example, register
 from torchzoo.splatting import compact_file
 from torchzoo.splatting.cameras import Cameras
 from torchzoo.splatting.compact_color import HashGridColor, harmonics
@@ -79,7 +79,15 @@ def _scene_example() -> Example:
     )
 
 
-@register(paper=26, example=_scene_example)
+@register(
+    paper=26,
+    example=_scene_example,
+    compare=lambda: Comparison(
+        {**{"num_gaussians": 2000, "image_size": (96, 128)}, "aabb": [[-1.5] * 3, [1.5] * 3]},
+        peers.one_view(),
+        ("GaussianScene",),
+    ),
+)
 class Compact3DGS(GaussianScene):
     """A scene of Gaussians with a learned mask, colours of a field, and geometry from codebooks.
 

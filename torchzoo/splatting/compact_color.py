@@ -64,7 +64,7 @@ def _color_example() -> Example:
     )
 
 
-@register(paper=26, example=_color_example)
+@register(paper=26, example=_color_example, compare="a part of Compact3DGS, which has a peer")
 class HashGridColor(ZooModel):
     """The colours of all splats, in any direction, in one hash grid and one small network.
 

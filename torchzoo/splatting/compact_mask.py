@@ -30,6 +30,7 @@ def hard_mask(logits: Tensor, threshold: float = 0.01) -> Tensor:
     paper=26,
     # open so wide that finite differences can't see a straight-through gradient
     example=lambda: Example({"n": 5, "init": 40.0}, (), 0, {"n": -1, "threshold": 1.5}),
+    compare="a part of Compact3DGS, which has a peer",
 )
 class LearnableGaussianMask(ZooModel):
     """One logit for each splat, which keeps it or takes it out, and learns from what that changes.

@@ -39,6 +39,7 @@ _DIRECTION = 3 * (1 + 2 * _FREQUENCIES)
             "initial_alpha": 1.0,
         },
     ),
+    compare="a test bed for losses on rays, not a rival of scenes made of splats",
 )
 class DenseGridField(ZooModel):
     """Colours of rays through a cube of density and features.

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from torchzoo.common.images import ssim
 from torchzoo.hub import ZooModel
-from torchzoo.registry import Example, register
+from torchzoo.registry import Comparison, Example, register
 from torchzoo.splatting.losses import l1
 
 __all__ = ["FrequencyModulatedLoss"]
@@ -47,6 +47,14 @@ MASK_SOURCES = ("render", "target")
             "downscale": 0.0,
             "mask_source": "both",
         },
+    ),
+    compare=lambda: Comparison(
+        {},
+        (
+            torch.rand(1, 256, 256, 3),
+            torch.rand(1, 256, 256, 3),
+        ),
+        ("torch.nn.L1Loss", "torch.nn.MSELoss"),
     ),
 )
 class FrequencyModulatedLoss(ZooModel):

@@ -143,6 +143,7 @@ def ray_integral(q: Tensor, beta: Tensor) -> Tensor:
 @register(
     paper=46,
     example=lambda: Example({"n": 4}, (torch.randn(3, 5),), bad_options={"n": 0, "kind": "sinc"}),
+    compare="a study of shapes in one dimension, which its experiment measures",
 )
 class GEFMixture1d(ZooModel):
     """A sum of n bumps on the line, to fit signals with.

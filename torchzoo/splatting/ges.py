@@ -31,7 +31,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from torchzoo.registry import Example, register
+from torchzoo import peers
+from torchzoo.registry import Comparison, Example, register
 from torchzoo.splatting.cameras import Cameras
 from torchzoo.splatting.generalized_exponential import gef_variance_scale
 from torchzoo.splatting.protocol import TrainStep
@@ -77,7 +78,13 @@ def _ges_example() -> Example:
     return Example(plain.kwargs, plain.inputs, 1, {**plain.bad_options, **bad})
 
 
-@register(paper=46, example=_ges_example)
+@register(
+    paper=46,
+    example=_ges_example,
+    compare=lambda: Comparison(
+        {"num_gaussians": 2000, "image_size": (96, 128)}, peers.one_view(), ("GaussianScene",)
+    ),
+)
 class GeneralizedExponentialScene(GaussianScene):
     """N splats like those of `GaussianScene`, each with a shape of its own.
 

@@ -26,7 +26,7 @@ from einops import rearrange
 from torch import Tensor
 
 from torchzoo.hub import ZooModel
-from torchzoo.registry import Example, register
+from torchzoo.registry import Comparison, Example, register
 
 PADDINGS = ("reference", "none")
 
@@ -153,6 +153,14 @@ def draw_indices(
             "data_range": -1.0,
             "padding": "same",
         },
+    ),
+    compare=lambda: Comparison(
+        {},
+        (
+            torch.rand(4096, 3),
+            torch.rand(4096, 3),
+        ),
+        ("torch.nn.L1Loss", "torch.nn.MSELoss"),
     ),
 )
 class S3IMLoss(ZooModel):

@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from torchzoo import ops
+from torchzoo import ops, peers
 from torchzoo.hub import ZooModel
-from torchzoo.registry import Example, register
+from torchzoo.registry import Comparison, Example, register
 from torchzoo.splatting import edits
 from torchzoo.splatting.cameras import Cameras
 from torchzoo.splatting.rotations import quat_to_matrix
@@ -43,7 +43,15 @@ def _example() -> Example:
     )
 
 
-@register(paper=None, example=_example)
+@register(
+    paper=None,
+    example=_example,
+    compare=lambda: Comparison(
+        {"num_gaussians": 2000, "image_size": (96, 128)},
+        peers.one_view(),
+        ("AnalyticScene", "GeneralizedExponentialScene"),
+    ),
+)
 class GaussianScene(ZooModel):
     """N coloured 3-D Gaussians, blended front to back into pictures.
 

@@ -40,6 +40,9 @@ def layer_class(name: str) -> type[SSMLayer]:
         (torch.randn(2, 5, 4),),
         bad_options={"d_model": 0, "d_state": 5, "ssm": "LSTM", "dropout": 1.0},
     ),
+    compare=lambda: Comparison(
+        {"d_model": 256, "d_state": 64}, (torch.randn(4, 1024, 256),), peers.SEQUENCES
+    ),
 )
 class S4Block(ZooModel):
     """Residual block around any state space layer of the family.

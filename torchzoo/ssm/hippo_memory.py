@@ -94,6 +94,7 @@ def hippo_project(
             "time_varying": "yes",
         },
     ),
+    compare="coefficients of a history, which no layer of torch keeps",
 )
 class HiPPOMemory(ZooModel):
     """Online memory: compresses the past of each channel into N coefficients, and reads it back.

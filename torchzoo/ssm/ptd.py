@@ -29,7 +29,8 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from torchzoo.registry import Example, register
+from torchzoo import peers
+from torchzoo.registry import Comparison, Example, register
 from torchzoo.ssm.hippo import hippo_matrix
 from torchzoo.ssm.init import check_d_state
 from torchzoo.ssm.s4d import S4D
@@ -313,6 +314,9 @@ def ptd_init(
             "disc": "euler",
             "dropout": 1.0,
         },
+    ),
+    compare=lambda: Comparison(
+        {"d_model": 64, "d_state": 16}, (torch.randn(4, 1024, 64),), peers.SEQUENCES
     ),
 )
 class S4PTD(S4D):

@@ -345,6 +345,9 @@ class S5(SSMLayer):
         (torch.randn(2, 7, 4),),
         bad_options={"d_model": 0, "d_state": 5, "blocks": 2, "eps": -1.0, "dropout": 1.0},
     ),
+    compare=lambda: Comparison(
+        {"d_model": 64, "d_state": 16}, (torch.randn(4, 1024, 64),), peers.SEQUENCES
+    ),
 )
 class S5PTD(S5):
     """`S5` that starts from a perturbed HiPPO matrix, near the transfer function of the whole one.

@@ -7,8 +7,9 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from torchzoo import peers
 from torchzoo.hub import ZooModel
-from torchzoo.registry import Example, register
+from torchzoo.registry import Comparison, Example, register
 from torchzoo.ssm.block import S4Block
 
 POOLS = ("mean", "last", None)
@@ -43,6 +44,11 @@ class SequenceState(NamedTuple):
             "ssm": "LSTM",
             "dropout": 1.0,
         },
+    ),
+    compare=lambda: Comparison(
+        {"d_input": 16, "d_output": 10, "d_model": 128, "depth": 4},
+        (torch.randn(4, 1024, 16),),
+        peers.SEQUENCE_MODELS,
     ),
 )
 class SequenceModel(ZooModel):
