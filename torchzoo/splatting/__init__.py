@@ -36,6 +36,8 @@ __getattr__, __dir__, __all__ = attach(
         "rotations": ["matrix_to_quat", "quat_to_matrix"],
         "s3im_loss": ["S3IMLoss", "s3im"],
         "scene": ["GaussianScene"],
+        "vdgs": ["VDGSScene", "vdgs_rates"],
+        "vdgs_field": ["ViewDirectionField"],
         "viewer": ["export_html"],
         "strategy": ["DefaultStrategy", "MCMCStrategy"],
     },
