@@ -52,6 +52,9 @@ def test_measurement_statistics_and_paired_difference():
     )
     assert (b - a).values == (1.0, 1.0, 2.0)
     assert ex.Measurement("one", (5.0,)).std_error == 0.0
+    low, high = ex.Measurement("m", (1.0, 2.0, 3.0)).interval
+    assert (low, high) == pytest.approx((2 - 4.302653 / 3**0.5, 2 + 4.302653 / 3**0.5))
+    assert ex.Measurement("one", (5.0,)).interval == (-math.inf, math.inf)
     with pytest.raises(ValueError, match="zip"):
         _ = a - ex.Measurement("short", (1.0,))
 

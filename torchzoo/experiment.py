@@ -63,6 +63,15 @@ class Measurement:
             return 0.0
         return math.sqrt(math.fsum((v - self.mean) ** 2 for v in self.values) / (n - 1) / n)
 
+    @property
+    def interval(self) -> tuple[float, float]:
+        """95 % confidence interval of the mean, by Student's t; endless for a single seed."""
+        from scipy.stats import t
+
+        n = len(self.values)
+        reach = float(t.ppf(0.975, n - 1)) * self.std_error if n > 1 else math.inf
+        return self.mean - reach, self.mean + reach
+
     def __sub__(self, other: Measurement) -> Measurement:
         """The paired difference, seed by seed."""
         pairs = zip(self.values, other.values, strict=True)
@@ -90,12 +99,16 @@ class Criterion:
 
 @dataclass(frozen=True)
 class Context:
-    """What a trial gets: its seed, the budget's options, the device, and a progress call."""
+    """What a trial gets: its seed, the budget's options, the device, and a progress call.
+
+    `out` is the folder of the results, for the states of long steps; None where nothing is kept.
+    """
 
     seed: int
     options: Mapping[str, Any]
     device: torch.device
     progress: Callable[[str], None] = lambda _: None
+    out: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -209,7 +222,8 @@ def reproduce(
 
         tick("")
         torch.manual_seed(seeds[index])
-        figures = dict(experiment.trial(Context(seeds[index], options, device, tick)))
+        folder = Path(out) if out else None
+        figures = dict(experiment.trial(Context(seeds[index], options, device, tick, folder)))
         _check_finite(figures, seeds[index])
         state["trials"].append({name: float(value) for name, value in figures.items()})
         state["seconds"] += time.perf_counter() - started

@@ -310,15 +310,6 @@ def trial(context: Context) -> dict[str, float]:
     return figures | {"weight of the rules": weight} | utility(context.options["sweep"])
 
 
-def interval(gain: Measurement) -> tuple[float, float]:
-    """95 % interval of a mean over seeds, by Student's t."""
-    from scipy.stats import t
-
-    n = len(gain.values)
-    width = float(t.ppf(0.975, n - 1)) * gain.std_error if n > 1 else 0.0
-    return gain.mean - width, gain.mean + width
-
-
 def gains(measured: Measurements, against: str) -> list[Measurement]:
     """COLEP's certified coverage less another's, radius by radius, paired by seeds."""
     return [
@@ -330,12 +321,12 @@ def gains(measured: Measurements, against: str) -> list[Measurement]:
 def _gains(measured: Measurements, against: str) -> tuple[bool, str]:
     found = gains(measured, against)
     text = ", ".join(
-        f"r={r} {g.mean:+.3f} [{interval(g)[0]:+.3f}, {interval(g)[1]:+.3f}]"
+        f"r={r} {g.mean:+.3f} [{g.interval[0]:+.3f}, {g.interval[1]:+.3f}]"
         for r, g in zip(RADII, found, strict=True)
     )
     sizes = measured["COLEP: set size"].mean, measured[f"{against}: set size"].mean
     text += f"; set sizes {sizes[0]:.2f} against {sizes[1]:.2f}"
-    return sum(interval(g)[0] > 0 for g in found) >= 2, text
+    return sum(g.interval[0] > 0 for g in found) >= 2, text
 
 
 def _paper(measured: Measurements) -> tuple[bool, str]:
@@ -362,9 +353,9 @@ def _permuted(measured: Measurements) -> tuple[bool | None, str]:
     )
     left = permuted - base
     text = f"{(real - base).mean:+.3f} with the attributes, {left.mean:+.3f} with permuted ones"
-    if interval(real - base)[0] <= 0:
+    if (real - base).interval[0] <= 0:
         return None, f"no gain to lose: {text}"
-    return interval(left)[0] <= 0, text
+    return left.interval[0] <= 0, text
 
 
 def _utility(measured: Measurements) -> tuple[bool, str]:
