@@ -190,7 +190,7 @@ def all_collective_checks():
     "all, sum over experts of (holders - 1) S / E",
     tolerance=0.0,
 )
-@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_collectives(size):
     run_ranks(all_collective_checks, size)
 
@@ -508,7 +508,7 @@ def all_layer_checks():
     "Resharding moves Adam's moments: the training curve is the same with and without",
     tolerance=1e-7,
 )
-@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_layer(size):
     run_ranks(all_layer_checks, size, timeout=120)
 
