@@ -13,6 +13,7 @@ from torchzoo.ops.delta_linear import delta_linear, delta_linear_step, delta_sca
 from torchzoo.ops.diagonal_step import diagonal_step
 from torchzoo.ops.grouped_ffn import grouped_ffn
 from torchzoo.ops.grouped_mm import grouped_mm
+from torchzoo.ops.hyper_condition import hyper_condition
 from torchzoo.ops.hyrelu import hyrelu
 from torchzoo.ops.knn import knn
 from torchzoo.ops.log_einsum_exp import log_einsum_exp, log_einsum_exp2
@@ -62,6 +63,7 @@ __all__ = [
     "frequency_tables",
     "grouped_ffn",
     "grouped_mm",
+    "hyper_condition",
     "hyrelu",
     "knn",
     "log_einsum_exp",

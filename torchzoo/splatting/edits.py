@@ -8,8 +8,8 @@ has no rows, such as Adam's step, stays.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,16 @@ from torchzoo.splatting.rotations import quat_to_matrix
 if TYPE_CHECKING:
     from torchzoo.splatting.scene import GaussianScene
 
-__all__ = ["append", "clone", "keep", "relocate", "relocated", "reset_opacities", "split"]
+__all__ = [
+    "adopt_size",
+    "append",
+    "clone",
+    "keep",
+    "relocate",
+    "relocated",
+    "reset_opacities",
+    "split",
+]
 
 Optimizers = Optimizer | Iterable[Optimizer]
 
@@ -28,8 +37,18 @@ MAX_COPIES = 51
 """A relocation counts no more copies of one Gaussian than this."""
 
 
+class Rows(Protocol):
+    """A module whose own parameters have one row for each item."""
+
+    def named_parameters(
+        self, prefix: str = "", recurse: bool = True
+    ) -> Iterator[tuple[str, nn.Parameter]]: ...
+
+    def _note_size(self) -> None: ...
+
+
 @torch.no_grad()
-def keep(scene: GaussianScene, rows: Tensor, optimizers: Optimizers = ()) -> Tensor:
+def keep(scene: Rows, rows: Tensor, optimizers: Optimizers = ()) -> Tensor:
     """Keep some Gaussians, in the order given; a permutation sorts the scene.
 
     Args:
@@ -44,7 +63,7 @@ def keep(scene: GaussianScene, rows: Tensor, optimizers: Optimizers = ()) -> Ten
 
 
 @torch.no_grad()
-def clone(scene: GaussianScene, rows: Tensor, optimizers: Optimizers = ()) -> Tensor:
+def clone(scene: Rows, rows: Tensor, optimizers: Optimizers = ()) -> Tensor:
     """Append copies of some Gaussians.
 
     Args:
@@ -58,9 +77,7 @@ def clone(scene: GaussianScene, rows: Tensor, optimizers: Optimizers = ()) -> Te
 
 
 @torch.no_grad()
-def append(
-    scene: GaussianScene, values: Mapping[str, Tensor], optimizers: Optimizers = ()
-) -> Tensor:
+def append(scene: Rows, values: Mapping[str, Tensor], optimizers: Optimizers = ()) -> Tensor:
     """Append Gaussians.
 
     Args:
@@ -76,13 +93,28 @@ def append(
     old = _parameters(scene)
     if values.keys() != old.keys():
         raise ValueError(f"values: got {sorted(values)}, expected {sorted(old)}")
-    count = len(values["means"])
+    count = len(values[next(iter(old))])
     for name, value in values.items():
         if (shape := (count, *old[name].shape[1:])) != tuple(value.shape):
             raise ValueError(f"values[{name!r}]: got {tuple(value.shape)}, expected {shape}")
     rows = {name: torch.cat([old[name].detach(), value]) for name, value in values.items()}
-    index = torch.arange(len(scene.means), device=scene.means.device)
+    index = torch.arange(len(first := next(iter(old.values()))), device=first.device)
     return _rewrite(scene, rows, torch.cat([index, index.new_full((count,), -1)]), optimizers)
+
+
+def adopt_size(scene: Rows, state: Mapping[str, Any], prefix: str) -> None:
+    """Take over the number of rows of a state to be loaded, where all parameters come with it."""
+    own = _parameters(scene)
+    rows = {name: state[prefix + name] for name in own if prefix + name in state}
+    before = {parameter.shape[:1] for parameter in own.values()}
+    if rows.keys() != own.keys() or {value.shape[:1] for value in rows.values()} == before:
+        return
+    count = len(next(iter(rows.values())))
+    if all(value.shape == (count, *own[name].shape[1:]) for name, value in rows.items()):
+        for parameter in own.values():
+            parameter.grad = None
+            parameter.data = parameter.data.new_empty(count, *parameter.shape[1:])
+        scene._note_size()
 
 
 @torch.no_grad()
@@ -247,17 +279,17 @@ def _below_one(opacities: Tensor) -> Tensor:
     return opacities.clamp(max=1 - torch.finfo(opacities.dtype).eps)
 
 
-def _parameters(scene: GaussianScene) -> dict[str, nn.Parameter]:
+def _parameters(scene: Rows) -> dict[str, nn.Parameter]:
     return dict(scene.named_parameters(recurse=False))
 
 
-def _rows(scene: GaussianScene, index: Tensor) -> dict[str, Tensor]:
+def _rows(scene: Rows, index: Tensor) -> dict[str, Tensor]:
     return {name: value.detach()[index] for name, value in _parameters(scene).items()}
 
 
-def _indices(scene: GaussianScene, name: str, rows: Tensor) -> Tensor:
+def _indices(scene: Rows, name: str, rows: Tensor) -> Tensor:
     """Rows as indices, from indices or a mask."""
-    count = len(scene.means)
+    count = len(next(iter(_parameters(scene).values())))
     if rows.dim() != 1 or rows.is_floating_point() or rows.is_complex():
         what = f"{rows.dtype} of shape {tuple(rows.shape)}"
         raise ValueError(f"{name}: got {what}, expected a mask ({count},) or indices (M,)")
@@ -269,7 +301,7 @@ def _indices(scene: GaussianScene, name: str, rows: Tensor) -> Tensor:
 
 
 def _rewrite(
-    scene: GaussianScene, values: Mapping[str, Tensor], origin: Tensor, optimizers: Optimizers
+    scene: Rows, values: Mapping[str, Tensor], origin: Tensor, optimizers: Optimizers
 ) -> Tensor:
     """Put new rows into the scene; row i carries on the optimisers' state of `origin[i]`."""
     fresh = origin < 0

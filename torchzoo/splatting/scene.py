@@ -353,17 +353,7 @@ class GaussianScene(ZooModel):
         self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
         """Take over the number of rows where all parameters come with the same, then load."""
-        own = dict(self.named_parameters(recurse=False))
-        rows = {name: state_dict[prefix + name] for name in own if prefix + name in state_dict}
-        if rows and {value.shape[:1] for value in rows.values()} != {self.means.shape[:1]}:
-            count = len(next(iter(rows.values())))
-            if rows.keys() == own.keys() and all(
-                value.shape == (count, *own[name].shape[1:]) for name, value in rows.items()
-            ):
-                for parameter in own.values():
-                    parameter.grad = None
-                    parameter.data = parameter.data.new_empty(count, *parameter.shape[1:])
-                self._note_size()
+        edits.adopt_size(self, state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def _note_size(self) -> None:
