@@ -31,8 +31,9 @@ class RasterOutput(NamedTuple):
             "RGB".
         info: `radii (C, N, 2)`, `means2d (C, N, 2)`, which keeps its gradient, `n_isects`, how many
             pairs of a splat and a tile there were, `last_ids (C, H, W)`, how far down the tile's
-            list a pixel looked, and `median_depth (C, H, W)`, at which less than half of the light
-            is left, 0 where that is nowhere.
+            list a pixel looked, `median_depth (C, H, W)`, at which less than half of the light is
+            left, 0 where that is nowhere, and, with "RGB", `colors`, the channels of each splat as
+            they are blended, `(C, N, F)`, or `(N, F)` where the features are so.
     """
 
     image: Tensor | None
@@ -237,6 +238,7 @@ def rasterize(
         directions = _directions(means, viewmats, camera_model)
         directions = torch.where((radii > 0).all(-1, keepdim=True), directions, 0)
         painted = sh_to_rgb(spherical_harmonics(sh_degree, directions, painted))
+    colors = painted
     painted, behind = _channels(painted, depths, backgrounds, render_mode)
     image, final_t, last, median, n_isects = _composite(
         (means2d, covs2d if code == ANALYTIC else conics, opacities, painted, beta, behind),
@@ -258,6 +260,8 @@ def rasterize(
         "last_ids": last,
         "median_depth": _median_depth(depths.detach(), median),
     }
+    if render_mode not in ("D", "ED"):
+        info["colors"] = colors
     depth = None if render_mode == "RGB" else image[..., -1]
     if depth is not None and render_mode.endswith("ED"):
         depth = depth / alpha.clamp(min=1e-10)
