@@ -64,6 +64,22 @@ def test_relu():
         torch.testing.assert_close(relu.derivative_diagonal(d), relu.derivative(d, d, d))
 
 
+def test_erf():
+    """By samples, by Price's theorem, and diagonals as limits."""
+    erf = dual("erf")
+    noise = torch.randn(2, 10**6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    u = 1.3**0.5 * noise[0]
+    v = 0.4 / 1.3**0.5 * noise[0] + (0.7 - 0.4**2 / 1.3) ** 0.5 * noise[1]
+    assert_within_se(u.erf() * v.erf(), erf.value(*double(1.3, 0.7, 0.4)))
+    for case in CASES:
+        d1, d2, s = double(*case)
+        s.requires_grad_()
+        (slope,) = torch.autograd.grad(erf.value(d1, d2, s), s)
+        torch.testing.assert_close(slope, erf.derivative(d1, d2, s), rtol=1e-12, atol=0)
+        torch.testing.assert_close(erf.diagonal(d1), erf.value(d1, d1, d1))
+        torch.testing.assert_close(erf.derivative_diagonal(d1), erf.derivative(d1, d1, d1))
+
+
 @pytest.mark.parametrize("order", [0, 1, 2])
 def test_gradients(order):
     for case in CASES:

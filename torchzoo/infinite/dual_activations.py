@@ -8,9 +8,13 @@ For (u, v) ~ N(0, [[d1, s], [s, d2]]) and theta the angle whose cosine is s / sq
     J_2 = 3 r s + (pi - theta) (d1 d2 + 2 s^2),
 
 the arc-cosine kernels: order 0 is the step function, order 1 the rectified linear unit. The angle
-is atan2(r, s), as the gradient of an arc cosine blows up for parallel inputs.
+is atan2(r, s), as the gradient of an arc cosine blows up for parallel inputs. For the error
+function
 
-Y. Cho and L. K. Saul, "Kernel methods for deep learning", 2009, equations 3 to 6.
+    E[erf(u) erf(v)] = (2 / pi) asin(2 s / sqrt((1 + 2 d1) (1 + 2 d2))).
+
+Y. Cho and L. K. Saul, "Kernel methods for deep learning", 2009, equations 3 to 6; C. K. I.
+Williams, "Computation with infinite neural networks", 1998, equation 11.
 """
 
 from __future__ import annotations
@@ -90,7 +94,31 @@ def _one_half(d: Tensor) -> Tensor:
     return torch.full_like(d, 0.5)
 
 
+def _erf(d1: Tensor, d2: Tensor, s: Tensor) -> Tensor:
+    sine = 2 * s / ((1 + 2 * d1) * (1 + 2 * d2)).sqrt()
+    return 2 / math.pi * sine.asin()
+
+
+def _erf_slope(d1: Tensor, d2: Tensor, s: Tensor) -> Tensor:
+    return 4 / math.pi * ((1 + 2 * d1) * (1 + 2 * d2) - 4 * s * s).rsqrt()
+
+
+def _erf_square(d: Tensor) -> Tensor:
+    return 2 / math.pi * (2 * d / (1 + 2 * d)).asin()
+
+
+def _erf_slope_square(d: Tensor) -> Tensor:
+    return 4 / math.pi * (1 + 4 * d).rsqrt()
+
+
 _CLOSED = {
+    "erf": DualActivation(
+        "erf",
+        value=_erf,
+        derivative=_erf_slope,
+        diagonal=_erf_square,
+        derivative_diagonal=_erf_slope_square,
+    ),
     "relu": DualActivation(
         "relu",
         value=partial(arc_cosine, order=1),
@@ -105,7 +133,7 @@ def dual(name: str) -> DualActivation:
     """The dual activation of an activation with a closed form.
 
     Args:
-        name: `"relu"`.
+        name: `"relu"` or `"erf"`.
 
     Raises:
         ValueError: No closed form of this name.
