@@ -56,7 +56,7 @@ format: $(VENV)/.dev-ready  ## Rewrite the code in the project's format
 	$(BIN)/ruff format .
 
 docs: $(VENV)/.dev-ready  ## Build the site into docs/_build, warnings are errors
-	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build
+	$(BIN)/python -m sphinx -W --keep-going -q -j $(JOBS) -b html docs docs/_build
 
 notebooks: $(VENV)/.dev-ready  ## Execute every notebook in place, keeping its pictures
 	ls notebooks/*.ipynb | OMP_NUM_THREADS=1 xargs -P $(JOBS) -n 1 $(BIN)/python -m jupyter \

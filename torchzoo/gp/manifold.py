@@ -242,8 +242,7 @@ def connections(frames: Tensor, adjacency: Tensor) -> Tensor:
     Shape:
         - frames: `(n, d, m)`
         - adjacency: `(n, n)`, sparse or dense
-        - output: `(E, m, m)`, an edge (i, j) in each direction, in the order of the coalesced
-          indices of the adjacency
+        - output: `(E, m, m)`, an edge (i, j) in each direction, in the order of coalesced indices
 
     Raises:
         ValueError: Shapes that don't fit.

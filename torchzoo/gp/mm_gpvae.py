@@ -89,8 +89,9 @@ class MMGPVAE(ZooModel):
     Shape:
         - data: by name `(..., T, D)`; or the first modality's tensor
         - others: tensors of the other modalities in their order, where data is a tensor
-        - output: latents, variances `(..., T, P)`, shared and private parts, divergence `(..., P)`,
-          reconstructions `(..., T, D)`
+        - latents, variance: `(..., T, P)`, of which the shared and private parts are columns
+        - kl: `(..., P)`
+        - recon: by name `(..., T, D)`
 
     Returns:
         A dict of `latents`, `variance`, `kl`, `shared`, and, by modality, `private` and `recon`,

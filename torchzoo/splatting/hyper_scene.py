@@ -186,8 +186,10 @@ class AnimatableScene(ZooModel):
 
     Shape:
         - cond: `(B, e)`
-        - outputs: `means (N, 3)`, `quats (N, 4)`, `scales (N, 3)`, `opacities (N,)` and `features
-          (N, K, 3)`, B times
+        - means, scales: `(N, 3)` of each code
+        - quats: `(N, 4)`
+        - opacities: `(N,)`
+        - features: `(N, K, 3)`
 
     Returns:
         For each code what `torchzoo.ops.rasterize` takes, by its names; `features` are the
