@@ -46,5 +46,9 @@ __getattr__, __dir__, __all__ = attach(
         "vdgs_field": ["ViewDirectionField"],
         "viewer": ["export_html"],
         "strategy": ["DefaultStrategy", "MCMCStrategy"],
+        "sags": ["SAGS_RATES", "SAGSScene", "SAGSView"],
+        "sags_encoder": ["StructureAwareEncoder"],
+        "sags_lite": ["SAGSLite"],
+        "sags_points": ["curvature_densify"],
     },
 )

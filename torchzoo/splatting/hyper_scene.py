@@ -25,6 +25,7 @@ from torchzoo.registry import Example, register
 from torchzoo.splatting import edits
 from torchzoo.splatting.hyper import HyperGaussian
 from torchzoo.splatting.hyper_embedding import SplatEmbedding
+from torchzoo.splatting.outputs import joined
 from torchzoo.splatting.scene import GaussianScene
 
 if TYPE_CHECKING:
@@ -34,8 +35,6 @@ __all__ = ["AnimatableScene", "HyperGaussianHead"]
 
 ATTRIBUTES = {"position": 3, "rotation": 4, "scale": 3, "opacity": 1, "color": 3}
 """What a head may give offsets of, and how many numbers each has."""
-
-COUNT = "n_isects"
 
 
 @register(
@@ -274,7 +273,7 @@ class AnimatableScene(ZooModel):
             got, count = tuple(cond.shape), len(cameras)
             raise ValueError(f"cond: got {got}, expected (e,) or (C, e) with C={count}")
         shown = zip(cameras, self(cond), strict=True)
-        return _joined([self.base.render(camera, **splats | options) for camera, splats in shown])
+        return joined([self.base.render(camera, **splats | options) for camera, splats in shown])
 
     def keep(self, rows: Tensor, optimizers: edits.Optimizers = ()) -> None:
         """Keep some splats, in the scene, the head and, where it has them, the embedding.
@@ -302,16 +301,3 @@ class AnimatableScene(ZooModel):
         for name in ("base", "embed", "head"):
             if name in self._zoo_config:
                 self._zoo_config[name] = _config.encode(getattr(self, name))
-
-
-def _joined(outputs: list[RasterOutput]) -> RasterOutput:
-    """Outputs of one camera each as one of all."""
-
-    def cat(parts: tuple[Tensor | None, ...]) -> Tensor | None:
-        there = [part for part in parts if part is not None]
-        return torch.cat(there) if there else None
-
-    images, alphas, depths, infos = zip(*outputs, strict=True)
-    info = {name: torch.cat([one[name] for one in infos]) for name in infos[0] if name != COUNT}
-    info[COUNT] = torch.stack([one[COUNT] for one in infos]).sum()
-    return RasterOutput(cat(images), torch.cat(alphas), cat(depths), info)
