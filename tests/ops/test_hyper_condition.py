@@ -69,7 +69,7 @@ def test_solves():
     "The conditional mean's gradients by latents and all parameters are those of differences",
     tolerance=1e-6,
 )
-@pytest.mark.parametrize(("m", "shared"), [(1, False), (3, True), (4, False)])
+@pytest.mark.parametrize(("m", "shared"), [(1, False), (2, True), (3, True), (4, False)])
 def test_gradients(m, shared):
     given = [x.requires_grad_() for x in inputs(2, num=3, d=2, m=m, shared=shared)]
     assert gradcheck(hyper_condition, given, atol=1e-6, rtol=1e-6)
@@ -153,3 +153,43 @@ def test_torch_accepts_the_operator(shared):
     compiled = torch.compile(hyper_condition, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(*given), hyper_condition(*given))
     torch.compiler.reset()
+
+
+def test_many_components_take_the_reference():
+    given = inputs(2, num=3, m=70)
+    torch.testing.assert_close(hyper_condition(*given), condition(*given), rtol=0, atol=0)
+
+
+def values_and_gradients(given, device="cpu"):
+    leaves = [x.to(device).requires_grad_() for x in given]
+    found = hyper_condition(*leaves)
+    return [x.cpu() for x in (found.detach(), *torch.autograd.grad(found.sin().sum(), leaves))]
+
+
+@pytest.mark.parametrize("m", [1, 3, 4, 7])
+@pytest.mark.parametrize("shared", [False, True])
+def test_threads_change_no_bit(m, shared):
+    given = inputs(2, num=3000, d=17, m=m, shared=shared, dtype=torch.float32)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        one = values_and_gradients(given)
+        torch.set_num_threads(2)
+        two = values_and_gradients(given)
+    finally:
+        torch.set_num_threads(threads)
+    assert all(map(torch.equal, one, two))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("m", [1, 2, 3, 4, 7, 64])
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, DOUBLE])
+def test_devices_agree(m, shared, dtype):
+    given = inputs(3, num=300, d=37, m=m, shared=shared, dtype=dtype)
+    given = (*given[:3], given[3] / m, given[4])
+    tolerance = 1e-4 if dtype == torch.float32 else 1e-10
+    for host, device in zip(
+        values_and_gradients(given), values_and_gradients(given, "cuda"), strict=True
+    ):
+        assert (host - device).norm() <= tolerance * host.norm()

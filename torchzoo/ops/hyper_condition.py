@@ -29,6 +29,9 @@ from torch import Tensor
 from torchzoo.ops._splat_checks import check_types, common_dtype, expect
 from torchzoo.ops.calling import below_autograd, no_autocast
 
+MOST = 64
+"""Components that the kernels hold for an item."""
+
 
 def hyper_condition(
     z: Tensor, mean_out: Tensor, mean_latent: Tensor, raw_l11: Tensor, l21: Tensor
@@ -85,6 +88,8 @@ def hyper_condition(
     dtype = common_dtype(z, *given)
     inputs = [x.to(dtype).contiguous() for x in given]
     flat = z.to(dtype).reshape(math.prod(lead), *z.shape[-2:]).contiguous()
+    if m > MOST:
+        return condition(flat, *inputs).view(*lead, N, m)
     with below_autograd(flat, *inputs):
         return _hyper_condition(flat, *inputs).view(*lead, N, m)
 
