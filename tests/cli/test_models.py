@@ -107,7 +107,7 @@ def test_bench_of_a_model_with_and_without_a_swap(run, tmp_path, monkeypatch):
 
 
 def test_bench_says_why_a_layer_has_no_peers(run):
-    code, out, err = run("bench", "KnowledgeCircuit", "--rounds", "3", "--no-backward")
+    code, _, err = run("bench", "KnowledgeCircuit", "--rounds", "3", "--no-backward")
     assert code == 0
     assert "no peers: exact probabilities under rules" in " ".join(err.split())
 

@@ -60,7 +60,35 @@ def test_a_built_in_scene_is_trained_and_resumed(run, tmp_path):
     assert (code, "made with seed = 0, got 1" in err) == (1, True)
 
 
-@pytest.mark.parametrize("strategy", ["mcmc", "none"])
+def test_lpips_is_in_the_log_where_it_can_be_had(run, tmp_path, monkeypatch):
+    """Also in that of a run which began on a machine that has none."""
+    from torchzoo.splatting import perceptual
+
+    asked = []
+
+    def found(height, width, *, device):
+        asked.append((height, width))
+        return {"lpips_vgg": lambda image, truth: (image - truth).square().mean()}
+
+    command = ("splat", "train", *SMALL, "--steps", 8, "--save-every", 4)
+    assert run(*command, "-o", tmp_path / "out")[0] == 0
+    (tmp_path / "out/checkpoints/step-8.json").unlink()
+    monkeypatch.setattr(perceptual, "find_lpips", found)
+    code, text, _ = run(*command, "-o", tmp_path / "out", "--resume")
+    assert (code, asked) == (0, [(16, 16)])
+    assert "LPIPS VGG" in text
+    monkeypatch.undo()
+    # nothing is left to do, and the rows are those of the file
+    code, text, _ = run(*command, "-o", tmp_path / "out", "--resume", "--json")
+    rows = json.loads(text)["log"]
+    assert code == 0
+    assert [row["step"] for row in rows if "test_psnr" in row] == list(range(1, 9))
+    assert [row["step"] for row in rows if "test_lpips_vgg" in row] == [5, 6, 7, 8]
+    for row in rows[4:]:  # of the one view that is held out
+        assert row["test_lpips_vgg"] == pytest.approx(10 ** (-row["test_psnr"] / 10), rel=1e-3)
+
+
+@pytest.mark.parametrize("strategy", ["mcmc", "turbo", "none"])
 def test_a_table_for_people(run, tmp_path, strategy):
     options = ("--steps", 3, "--strategy", strategy, "--batch", 2, "--dilation", 2)
     code, out, err = run("splat", "train", *SMALL, "-o", tmp_path, *options)
@@ -117,6 +145,8 @@ def test_captures_that_are_damaged(run, tmp_path, capture, break_it, message):
         (("nowhere",), 1, "nowhere: expected a transforms.json or a COLMAP model"),
         (("--scene", "checker", "--strategy", "more"), 2, "--strategy"),
         ((*SMALL, "--absgrad", "--strategy", "mcmc"), 2, "--absgrad belongs to"),
+        ((*SMALL, "--absgrad", "--strategy", "turbo"), 2, "--absgrad belongs to"),
+        ((*SMALL, "--strategy", "turbo", "--cap", 59), 2, "begins with 60 points, got 59"),
     ],
 )
 def test_requests_that_can_t_be_served(run, tmp_path, options, code, message):

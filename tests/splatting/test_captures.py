@@ -75,6 +75,21 @@ def test_colmap(tmp_path, files, place):
     torch.testing.assert_close(capture.colors, colors)
 
 
+def test_where_a_capture_is_looked_for_first(tmp_path):
+    """The folder itself, `sparse/0`, `sparse`; and transforms.json before all of them."""
+    for place, name in (("sparse", "c"), ("sparse/0", "b"), ("", "a")):
+        write(tmp_path / place, binary(names=(name, f"{name}{name}")))
+        assert load_capture(tmp_path).names == [name, f"{name}{name}"]
+    write_json(tmp_path, frames()[1])
+    assert load_capture(tmp_path).names == ["v0", "v1"]
+    place = write(tmp_path / "sparse/0", {"cameras.bin": b""})
+    with pytest.raises(ValueError, match=f"^{place}: truncated"):
+        load_capture(place)
+    (tmp_path / "transforms.json").write_bytes(b"{")
+    with pytest.raises(ValueError, match=f"^{tmp_path / 'transforms.json'}: no JSON"):
+        load_capture(tmp_path)
+
+
 def test_colmap_without_points(tmp_path):
     files = binary()
     del files["points3D.bin"]

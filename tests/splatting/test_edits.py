@@ -119,6 +119,22 @@ def test_split(trained, revised):
     torch.testing.assert_close(new["opacity_logits"][5:].sigmoid(), opacity)
 
 
+def test_three_parts_let_through_what_one_did():
+    """In the centre; their places are those of the generator, whatever torch's own has drawn."""
+    places = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        scene = GaussianScene.from_points(torch.zeros(2, 3), torch.zeros(2, 3), init_opacity=0.7)
+        generator = torch.Generator().manual_seed(5)
+        options = {"parts": 3, "shrink": 2.0, "revised_opacity": True, "generator": generator}
+        before = scene.scales.detach().clone()
+        assert scene.split(torch.tensor([True, True]), **options).tolist() == [-1] * 6
+        places.append(scene.means.detach())
+        torch.testing.assert_close((1 - scene.opacities) ** 3, torch.full((6,), 0.3))
+        torch.testing.assert_close(scene.scales.detach(), before.repeat(3, 1) / 2)
+    assert torch.equal(*places)
+
+
 def test_parts_are_drawn_from_what_is_split():
     """Their places have the mean and the covariance of the Gaussian."""
     torch.manual_seed(0)
@@ -204,6 +220,12 @@ def test_relocate(trained, appended):
         torch.testing.assert_close(new["log_scales"][row], log_scales)
 
 
+def test_no_relocated_opacity_falls_below_what_is_asked():
+    scene = GaussianScene.from_points(torch.zeros(1, 3), torch.zeros(1, 3), init_opacity=0.4)
+    scene.relocate(torch.zeros(3, dtype=torch.long), min_opacity=0.25)
+    torch.testing.assert_close(scene.opacities.detach(), torch.full((4,), 0.25))
+
+
 def test_relocate_refuses_rows_that_are_both(trained):
     scene, _ = trained
     with pytest.raises(ValueError, match="dead: got rows that are sources"):
@@ -222,6 +244,14 @@ def test_reset_opacities(trained):
     assert not moments["opacity_logits"]["exp_avg_sq"].any()
     assert moments["opacity_logits"]["step"] == 3
     assert torch.equal(moments["means"]["exp_avg"], state["means"]["exp_avg"])
+
+
+def test_opacities_above_the_ceiling_come_down_to_it():
+    scene = GaussianScene(3, sh_degree=0)
+    scene.opacity_logits.data = torch.tensor([-3.0, -0.2, 4.0])
+    scene.reset_opacities(0.4)
+    low = 1 / (1 + math.exp(3))
+    torch.testing.assert_close(scene.opacities.detach(), torch.tensor([low, 0.4, 0.4]))
 
 
 def test_training_goes_on_after_an_edit(trained):
@@ -270,3 +300,16 @@ def test_an_empty_scene_grows():
     assert scene.append(rows, optimizer).tolist() == [-1, -1]
     assert not optimizer.state[scene.means]["exp_avg"].any()
     assert scene.split(torch.tensor([], dtype=torch.long), optimizer).tolist() == [0, 1]
+
+
+def test_a_state_of_another_size_is_taken_over_whole_or_not_at_all():
+    scene, other = GaussianScene(4), GaussianScene(9)
+    state = {name: value for name, value in other.state_dict().items() if name != "shN"}
+    with pytest.raises(RuntimeError, match="size mismatch for means"):
+        scene.load_state_dict(state, strict=False)
+    assert len(scene.shN) == scene.num_gaussians == 4
+    for parameter in scene.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    scene.load_state_dict(other.state_dict())
+    assert torch.equal(scene.means, other.means)
+    assert all(parameter.grad is None for parameter in scene.parameters())

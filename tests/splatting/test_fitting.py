@@ -12,7 +12,7 @@ from torchzoo.splatting.cameras import Cameras
 from torchzoo.splatting.fitting import SplatTrainer
 from torchzoo.splatting.protocol import DensifyStrategy
 from torchzoo.splatting.scene import GaussianScene
-from torchzoo.splatting.schedules import adam, base_rates, means_decay, set_rates
+from torchzoo.splatting.schedules import adam, base_rates, means_decay, scaled_steps, set_rates
 
 NAMES = ("means", "quats", "log_scales", "opacity_logits", "sh0", "shN")
 FULL = [1.6e-4 * 1.5, 1e-3, 5e-3, 5e-2, 2.5e-3, 1.25e-4]
@@ -41,6 +41,8 @@ def test_rates_of_other_parameters():
     rates = {"raw_shape": 0.1, "field": 0.2, "field.0.bias": 0.3}
     found = base_rates(names, rates, steps=300, scene_scale=1.5)
     assert list(found.values())[-3:] == [0.1, 0.2, 0.3]
+    assert base_rates(["features"], None, steps=300, scene_scale=1.5) == {"features": 2.5e-3}
+    assert base_rates(["quats"], {"quats": 0.0}, steps=300, scene_scale=1.5) == {"quats": 0.0}
     for given, message in (
         (None, "rates: got none for 'raw_shape'"),
         ({"raw_shape": 0.1, "field": -1.0}, r"rates: got -1.0 for 'field.0.weight'"),
@@ -51,6 +53,12 @@ def test_rates_of_other_parameters():
             base_rates(names, given, steps=300, scene_scale=1.5)
 
 
+def test_step_counts_are_those_of_30_000_steps_scaled_down_and_rounded():
+    assert [scaled_steps(1000, steps) for steps in (30, 200, 250, 29_999)] == [1, 7, 8, 1000]
+    assert [scaled_steps(1000, steps) for steps in (30_000, 90_000)] == [1000, 1000]
+    assert [scaled_steps(500, steps, 25) for steps in (1499, 1500, 1530)] == [25, 25, 26]
+
+
 @pytest.mark.parametrize("batch", [1, 2, 4, 20])
 def test_the_settings_of_adam_with_a_batch(batch):
     optimizer = adam(splats())
@@ -59,7 +67,7 @@ def test_the_settings_of_adam_with_a_batch(batch):
     for group in optimizer.param_groups:
         decay = 10 ** (-2 * 30 / 120) if group["name"] == "means" else 1.0
         assert group["lr"] == pytest.approx(0.5 * decay * math.sqrt(batch), rel=1e-12)
-        assert group["eps"] == pytest.approx(1e-15 / math.sqrt(batch), rel=1e-12)
+        assert group["eps"] == pytest.approx(1e-15 / math.sqrt(batch), rel=1e-12, abs=0)
         expected = [max(0.0, 1 - batch * 0.1), 1 - batch * 0.001]
         assert group["betas"] == pytest.approx(expected, rel=1e-12, abs=1e-12)
 
@@ -220,6 +228,36 @@ def test_history_and_evaluation_by_hand():
     assert run.progress == 1.0
 
 
+def test_the_psnr_of_a_step_is_of_clamped_pictures_and_ends_at_100():
+    cameras, _ = views()
+    scene = splats()
+    scene.sh0.data += 3  # so that clamping shows
+    image = scene.render(cameras, sh_degree=0).image.detach()
+    assert image.max() > 1.5
+    run = SplatTrainer(scene, cameras, image.clamp(0, 1), steps=1, loss=l1)
+    assert run.fit()["psnr"] == [pytest.approx(100, abs=1e-3)]
+
+
+def test_pictures_and_cameras_follow_the_scene_s_precision():
+    cameras, images = views()
+    run = SplatTrainer(splats(dtype=torch.float64), cameras, images, steps=1, loss=l1)
+    run.fit()
+    double = views(dtype=torch.float64)[0]
+    found, expected = (run.evaluate(one, images)["psnr"] for one in (cameras, double))
+    assert found == pytest.approx(expected, rel=1e-5)
+
+
+def test_progress_is_told_with_a_running_mean():
+    told = []
+    run = trainer("none", steps=4)
+    run.fit(progress=lambda *values: told.append(values))
+    mean = run.history["psnr"][0]
+    for number, (done, total, text) in enumerate(told, 1):
+        mean = 0.95 * mean + 0.05 * run.history["psnr"][number - 1]
+        assert (done, total, text) == (number, 4, f"PSNR {mean:.2f}  25 splats")
+    assert len(told) == 4
+
+
 def test_bytes_are_images_too():
     cameras, images = views()
     pixels = (images * 255).round().byte()
@@ -265,6 +303,13 @@ def test_a_strategy_is_asked_in_order_and_its_penalty_counts():
         expected += [("before", number, True), ("after", number, True), True]
         expected += [("edit", number, True), pytest.approx(value)]
     assert calls == expected
+
+
+def test_the_rate_of_the_means_that_strategies_see_grows_with_the_batch():
+    rates = []
+    run = trainer("none", steps=2, batch=4, callbacks=[lambda step: rates.append(step.means_rate)])
+    run.fit()
+    assert rates == pytest.approx([2 * 1.6e-4 * run.scene_scale * f for f in (1, 0.1)])
 
 
 def test_a_loss_may_know_the_progress_and_the_scene():

@@ -82,6 +82,22 @@ def test_a_resumed_run_has_the_same_state_at_once(whole, tmp_path):
     same_tensors(last_tensors(tmp_path / "again", 18), last_tensors(folder, 18))
 
 
+def test_the_clock_of_a_run_goes_on():
+    run = trainer("none", steps=4)
+    run.step, run.history["seconds"] = 2, [500.0, 1000.0]
+    seconds = run.fit()["seconds"]
+    assert len(seconds) == 4
+    assert sorted(seconds) == seconds
+
+
+def test_ten_checkpoints_are_written_unless_told_otherwise(tmp_path, monkeypatch):
+    """Every so many steps, rounded up, and after the last one."""
+    run, saved = trainer("none", steps=11), []
+    monkeypatch.setattr(run, "_save", lambda folder: saved.append(run.step))
+    run.fit(out=tmp_path)
+    assert saved == [2, 4, 6, 8, 10, 11]
+
+
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(whole, tmp_path):
     name, folder = whole
     copy = shutil.copytree(folder, tmp_path / "copy")
@@ -101,6 +117,10 @@ def test_a_run_is_not_overwritten_nor_mixed_with_another(whole, tmp_path):
         ({"seed": 4}, "made with seed = 3, got 4; resume with the same options"),
         ({"steps": 30}, "made with steps = 20, got 30"),
         ({"rates": {"quats": 0.5}}, "made with rates = "),
+        ({"batch": 2}, "made with batch = 1, got 2"),
+        ({"final_batch": 2}, "made with final_batch = 1, got 2"),
+        ({"dilation": 2}, "made with dilation = 1, got 2"),
+        ({"sh_every": 6}, "made with sh_every = 5, got 6"),
         ({"strategy": None}, "made with "),
         ({"background": (1.0, 1.0, 1.0)}, "made with background = None"),
     ):

@@ -250,6 +250,28 @@ def test_formats_agree(tmp_path):
         torch.testing.assert_close(again.shN, scene.shN, rtol=0, atol=0.05)
 
 
+def test_the_suffix_says_the_format(tmp_path):
+    scene = scene_of(4, 0)
+    again = load(save(scene, tmp_path / "scene.splat"))
+    expected = read_splat(write_splat(scene))
+    for name in NAMES:
+        assert torch.equal(getattr(again, name), getattr(expected, name))
+    assert len((tmp_path / "scene.splat").read_bytes()) == 4 * 32
+
+
+@pytest.mark.filterwarnings("error")
+def test_what_a_file_can_t_hold_is_said(tmp_path):
+    scene = scene_of(2)
+    for name in ("a.ply", "a.spz", "a.splat"):
+        save(scene, tmp_path / name)
+    scene.register_parameter("features", torch.nn.Parameter(torch.ones(2, 3)))
+    scene.register_parameter("age", torch.nn.Parameter(torch.ones(2)))
+    for suffix in (".ply", ".spz"):
+        with pytest.warns(UserWarning, match=rf"^\{suffix} can't hold age, features: left out$"):
+            save(scene, tmp_path / f"b{suffix}")
+    assert (tmp_path / "b.ply").read_bytes() == (tmp_path / "a.ply").read_bytes()
+
+
 def test_writes_are_whole_or_not_at_all(tmp_path):
     path = save(scene_of(2), tmp_path / "scene.spz")
     before = path.read_bytes()

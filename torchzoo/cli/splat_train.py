@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from contextlib import contextmanager
 from enum import StrEnum
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -19,7 +20,20 @@ if TYPE_CHECKING:
 
     from torchzoo.experiments.splatting.scenes import Views
     from torchzoo.splatting.fitting import SplatTrainer
+    from torchzoo.splatting.perceptual import Measure
     from torchzoo.splatting.protocol import DensifyStrategy, TrainStep
+
+
+_COLUMNS = {
+    "step": ("step", ".0f"),
+    "loss": ("loss", ".4f"),
+    "train_psnr": ("train PSNR", ".2f"),
+    "test_psnr": ("held-out PSNR", ".2f"),
+    "test_ssim": ("SSIM", ".4f"),
+    "splats": ("splats", ",.0f"),
+    "seconds": ("seconds", ".1f"),
+}
+"""Title and format of what the log says, by its key."""
 
 
 class Strategy(StrEnum):
@@ -27,6 +41,7 @@ class Strategy(StrEnum):
 
     default = "default"
     mcmc = "mcmc"
+    turbo = "turbo"
     none = "none"
 
 
@@ -47,7 +62,8 @@ def train(
     ),
     steps: Annotated[int, typer.Option(min=1, help="Steps; 30,000 are a run of full size.")] = 2000,
     strategy: Annotated[
-        Strategy, typer.Option(help="How Gaussians come and go.")
+        Strategy,
+        typer.Option(help="How Gaussians come and go; turbo adds them as the loss converges."),
     ] = Strategy.default,
     cap: Annotated[
         int | None,
@@ -84,7 +100,9 @@ def train(
     """Train a scene of 3-D Gaussians on pictures; every eighth is held out to measure it.
 
     In the folder are scene.ply, log.csv, preview.png with held-out pictures above what the scene
-    shows there, and the checkpoints.
+    shows there, and the checkpoints. LPIPS is measured too, of pictures of 32 pixels and more, if
+    lpips or torchmetrics is installed and torch's cache has the weights of torchvision's VGG16 or
+    AlexNet; nothing is downloaded.
 
     On several processes: torchrun --nproc-per-node 2 -m torchzoo splat train …
 
@@ -120,7 +138,7 @@ def train(
             found.cameras[found.train_ids],
             found.images[found.train_ids],
             steps=steps,
-            strategy=_strategy(strategy, cap or found.images[0, ..., 0].numel(), absgrad),
+            strategy=_strategy(strategy, cap, absgrad, found),
             batch=batch or count,
             dilation=dilation,
             seed=seed,
@@ -135,14 +153,29 @@ def train(
             _finish(trainer, found, measured.rows, out, as_json)
 
 
-def _strategy(kind: Strategy, cap: int, absgrad: bool) -> DensifyStrategy | None:
+def _strategy(
+    kind: Strategy, cap: int | None, absgrad: bool, views: Views
+) -> DensifyStrategy | None:
     from torchzoo.splatting.strategy import DefaultStrategy, MCMCStrategy
+    from torchzoo.splatting.turbo import TurboStrategy
 
     if absgrad and kind is not Strategy.default:
         raise typer.BadParameter("--absgrad belongs to --strategy default")
-    if kind is Strategy.mcmc:
-        return MCMCStrategy(cap_max=cap)
-    return DefaultStrategy(cap_max=cap, absgrad=absgrad) if kind is Strategy.default else None
+    pixels, points = views.images[0, ..., 0].numel(), len(views.points)
+    most = cap or pixels
+    match kind:
+        case Strategy.mcmc:
+            return MCMCStrategy(cap_max=most)
+        case Strategy.turbo:
+            if cap is not None and cap < points:
+                raise typer.BadParameter(
+                    f"--cap: --strategy turbo begins with {points} points, got {cap}; "
+                    "raise it, or take fewer --points"
+                )
+            return TurboStrategy(cap_max=max(most, points))
+        case Strategy.default:
+            return DefaultStrategy(cap_max=most, absgrad=absgrad)
+    return None
 
 
 class _Measured:
@@ -171,12 +204,22 @@ class _Measured:
             "seconds": round(history["seconds"][-1], 3),
         }
         if len(held):
-            scores = trainer.evaluate(self.views.cameras[held], self.views.images[held])
-            row |= {"test_psnr": scores["psnr"], "test_ssim": scores["ssim"]}
+            scores = trainer.evaluate(
+                self.views.cameras[held], self.views.images[held], more=self.perceptual
+            )
+            row |= {f"test_{name}": value for name, value in scores.items()}
         self.rows = [old for old in self.rows if old["step"] < step.number] + [row]
         from torchzoo.finetuning import log
 
         log.write(self.out, self.rows)
+
+    @cached_property
+    def perceptual(self) -> dict[str, Measure]:
+        """LPIPS, where it can be had."""
+        from torchzoo.splatting.perceptual import find_lpips
+
+        assert self.trainer is not None
+        return find_lpips(*self.views.images.shape[1:3], device=self.trainer.device)
 
     def _before(self) -> list[dict[str, float]]:
         """The rows that an interrupted run has written."""
@@ -185,7 +228,7 @@ class _Measured:
         try:
             with (self.out / "log.csv").open(encoding="utf-8") as file:
                 return [
-                    {key: float(value) for key, value in row.items()}
+                    {key: float(value) for key, value in row.items() if value}
                     for row in csv.DictReader(file)
                 ]
         except (OSError, ValueError):
@@ -221,18 +264,17 @@ def _finish(
     if as_json:
         print_json({"scene": str(path), "splats": trainer.scene.num_gaussians, "log": rows})
         return
+    columns = _COLUMNS | {
+        key: (key.removeprefix("test_").replace("_", " ").upper(), ".4f")
+        for key in dict.fromkeys(key for row in rows for key in row)
+        if key.startswith("test_lpips")
+    }
     table = new_table()
-    for column in ("step", "loss", "train PSNR", "held-out PSNR", "SSIM", "splats", "seconds"):
-        table.add_column(column, justify="right")
+    for title, _ in columns.values():
+        table.add_column(title, justify="right")
     for row in rows:
         table.add_row(
-            f"{row['step']:.0f}",
-            f"{row['loss']:.4f}",
-            f"{row['train_psnr']:.2f}",
-            f"{row['test_psnr']:.2f}" if "test_psnr" in row else "–",
-            f"{row['test_ssim']:.4f}" if "test_ssim" in row else "–",
-            f"{row['splats']:,.0f}",
-            f"{row['seconds']:.1f}",
+            *(format(row[key], kind) if key in row else "–" for key, (_, kind) in columns.items())
         )
     stdout().print(table)
     stdout().print(f"{trainer.scene.num_gaussians:,} Gaussians in {path}", soft_wrap=True)

@@ -14,7 +14,8 @@ from torchzoo.files import atomic_path, write_text
 def write(out: Path, history: Sequence[Mapping[str, float]]) -> None:
     """Write all rows to `log.csv`, and the last one as events where TensorBoard is installed."""
     text = io.StringIO()
-    table = csv.DictWriter(text, fieldnames=list(history[0]), lineterminator="\n")
+    names = list(dict.fromkeys(name for row in history for name in row))
+    table = csv.DictWriter(text, fieldnames=names, lineterminator="\n")
     table.writeheader()
     table.writerows(history)
     write_text(out / "log.csv", text.getvalue())

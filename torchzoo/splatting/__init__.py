@@ -50,5 +50,6 @@ __getattr__, __dir__, __all__ = attach(
         "sags_encoder": ["StructureAwareEncoder"],
         "sags_lite": ["SAGSLite"],
         "sags_points": ["curvature_densify"],
+        "perceptual": ["find_lpips"],
     },
 )

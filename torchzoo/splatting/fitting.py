@@ -197,23 +197,31 @@ class SplatTrainer:
         return self.history
 
     @torch.no_grad()
-    def evaluate(self, cameras: Cameras, images: Tensor) -> dict[str, float]:
-        """Means over views of PSNR, in dB, and SSIM of the scene's pictures, clamped to [0, 1].
+    def evaluate(
+        self, cameras: Cameras, images: Tensor, *, more: Mapping[str, Loss] | None = None
+    ) -> dict[str, float]:
+        """Means over views of what the scene's pictures, clamped to [0, 1], are worth.
 
         Args:
             cameras: V cameras.
             images: What they see, `(V, H, W, 3)`.
+            more: Further measures, called as the loss is, with one view at a time.
+
+        Returns:
+            `psnr`, in dB, `ssim`, and `more` by their names.
         """
         _check_images(cameras, images)
         cameras = cameras.to(self.device, self.scene.means.dtype)
-        scores = []
+        scores: dict[str, list[float]] = {}
         for camera, image in zip(cameras, images, strict=True):
             found = self._render(camera, {}).image.clamp(0, 1)
             truth = self._as_float(image[None].to(self.device))
             channels_first = (rearrange(x, "c h w f -> c f h w") for x in (found, truth))
-            scores.append((psnr(found, truth).item(), ssim(*channels_first).item()))
-        quality, likeness = torch.tensor(scores, dtype=torch.float64).mean(0).tolist()
-        return {"psnr": quality, "ssim": likeness}
+            row = {"psnr": psnr(found, truth), "ssim": ssim(*channels_first)}
+            row |= {name: measure(found, truth) for name, measure in (more or {}).items()}
+            for name, value in row.items():
+                scores.setdefault(name, []).append(value.item())
+        return {name: math.fsum(values) / len(values) for name, values in scores.items()}
 
     def _train_step(self) -> TrainStep:
         """Do one step, and note it in the history."""
