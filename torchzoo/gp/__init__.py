@@ -1,13 +1,40 @@
 """Gaussian processes: what gpytorch and botorch lack, in their terms."""
 
-from torchzoo._lazy import attach
+from typing import Any
 
-__getattr__, __dir__, __all__ = attach(
+from torchzoo._lazy import attach
+from torchzoo.gp.acquisition_botorch import NAMES, from_botorch
+
+_ours, __dir__, __all__ = attach(
     __name__,
     {
+        "acquisition": [
+            "expected_improvement",
+            "expected_max_piecewise_linear",
+            "expected_rise",
+            "max_value_entropy",
+        ],
+        "acquisition_lines": ["IntegratedEnvironment", "Lines", "gaussian", "posterior_lines"],
+        "acquisition_modules": [
+            "CostAwareKG",
+            "EntropySearch",
+            "KnowledgeGradient",
+            "NoisyExpectedImprovement",
+        ],
+        "acquisition_botorch": ["as_botorch_model"],
+        "acquisition_optimize": ["optimize_acqf"],
         "bandit_loop": ["run_bandit"],
+        "bayes_opt": ["BayesOpt"],
         "bbkb": ["BBKB"],
         "bkb": ["BKB", "BudgetedKernelBandit"],
+        "bnn_surrogates": ["StandardizedSurrogate", "Surrogate"],
+        "bnn_surrogates_gp": ["DKLSurrogate", "GPSurrogate", "InfiniteWidthSurrogate"],
+        "bnn_surrogates_map": ["EnsembleSurrogate", "LaplaceSurrogate"],
+        "bnn_surrogates_mcmc": ["HMCSampler", "HMCSamples", "HMCSurrogate", "SGHMCSurrogate"],
+        "bnn_surrogates_nets": ["FlatMLP", "NetworkSurrogate"],
+        "bnn_surrogates_posterior": ["FunctionSamples", "JointGaussian", "SamplePosterior"],
+        "bo": ["History", "greedy_batch", "run_rounds", "sample_qei"],
+        "derivative_gp": ["DerivativeGP", "derivative_covariance"],
         "dkm": ["DeepKernelMachine"],
         "dkm_layer": ["DKMLayer", "gram_kl"],
         "excursions": ["excursion_times", "simulate_stationary"],
@@ -21,6 +48,7 @@ __getattr__, __dir__, __all__ = attach(
             "persistency_exponent",
             "slepian_iia",
         ],
+        "infinite_kernels": ["InfiniteWidthErfKernel", "InfiniteWidthReLUKernel"],
         "kernels": ["GaussianMixtureKernel", "StudentTMixtureKernel"],
         "kronecker": ["KroneckerGP"],
         "manifold": [
@@ -43,19 +71,16 @@ __getattr__, __dir__, __all__ = attach(
         "posterior": ["GaussianPosterior"],
         "rvgp": ["RVGP", "VectorPosterior"],
         "rvgp_kernel": ["GraphConnectionKernel"],
+        "sgmcmc": ["AdaptiveSGHMC", "sghmc"],
         "slepian": ["SlepianProcess"],
         "sparse": ["LeverageScoreSampler", "inverse_root", "nystrom_features"],
         "sparse_dkm": ["SparseDKM"],
         "state_space": ["StateSpaceGP"],
         "stationary": ["StationaryCovariance", "as_stationary"],
-        "bnn_surrogates": ["StandardizedSurrogate", "Surrogate"],
-        "bnn_surrogates_gp": ["DKLSurrogate", "GPSurrogate", "InfiniteWidthSurrogate"],
-        "bnn_surrogates_map": ["EnsembleSurrogate", "LaplaceSurrogate"],
-        "bnn_surrogates_mcmc": ["HMCSampler", "HMCSamples", "HMCSurrogate", "SGHMCSurrogate"],
-        "bnn_surrogates_nets": ["FlatMLP", "NetworkSurrogate"],
-        "bnn_surrogates_posterior": ["FunctionSamples", "JointGaussian", "SamplePosterior"],
-        "bo": ["History", "greedy_batch", "run_rounds", "sample_qei"],
-        "infinite_kernels": ["InfiniteWidthErfKernel", "InfiniteWidthReLUKernel"],
-        "sgmcmc": ["AdaptiveSGHMC", "sghmc"],
     },
 )
+
+
+def __getattr__(name: str) -> Any:
+    """What is ours, or an acquisition function of botorch."""
+    return from_botorch(name) if name in NAMES else _ours(name)
