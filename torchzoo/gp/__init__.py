@@ -41,6 +41,15 @@ _ours, __dir__, __all__ = attach(
         "fourier": ["FourierGPPrior"],
         "funbat": ["FunBaT", "FunctionalCP"],
         "gp_pde": ["GPHM", "Fields", "laplace"],
+        "gpcis": ["GPCISHead"],
+        "gpcis_clicks": [
+            "Segmentation",
+            "click_disks",
+            "click_violations",
+            "disk_points",
+            "gpcis_loss",
+            "normalized_focal_loss",
+        ],
         "gram_kernels": ["GramBlocks", "gram_kernel"],
         "iia": [
             "IndependentIntervalApproximation",
@@ -68,6 +77,7 @@ _ours, __dir__, __all__ = attach(
             "PoissonLoadingDecoder",
             "StepMLP",
         ],
+        "pathwise": ["PathwiseSparseGP", "random_features"],
         "posterior": ["GaussianPosterior"],
         "rvgp": ["RVGP", "VectorPosterior"],
         "rvgp_kernel": ["GraphConnectionKernel"],
