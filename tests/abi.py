@@ -22,6 +22,7 @@ from torchzoo.ops import (
     diagonal_step,
     grouped_ffn,
     grouped_mm,
+    hyper_condition,
     hyrelu,
     library,
     log_einsum_exp,
@@ -29,6 +30,7 @@ from torchzoo.ops import (
     log_max_sum,
     lti_scan,
     ordered_matmul,
+    plas_sort,
     rans_encode,
     rasterize,
     sparse_ffn,
@@ -102,15 +104,19 @@ def results() -> list[Tensor]:
         ).image
         for kernel in ("gaussian", "generalized_exponential", "analytic")
     ]
+    latent = [normal(2, 9, 5), normal(9, 3), normal(9, 5), normal(9, 6), normal(9, 5, 3)]
+    means_given = hyper_condition(*latent)
     words = rans_encode(
         torch.arange(900) % 3, torch.tensor([0, 9, 11, 16]).expand(900, 4), precision=4
     )
     exact = [ordered_matmul(x.detach(), up.detach().T.contiguous())]
     exact += [torch.frombuffer(bytearray(words), dtype=torch.uint8)]
-    found = [y, *steps, *pixels, ffn, experts, *bent, *spaces, *logs, *drawn, product.to_dense()]
+    exact += [plas_sort(pairs.detach().view(90, 4)[:81], min_block=2, generator=generator)]
+    found = [y, *steps, *pixels, ffn, experts, *bent, *spaces, *logs, *drawn, means_given]
+    found += [product.to_dense()]
     inputs = [x, weight, frame, acc, weight_t, image, sums, kernels, token, up, down, gate]
     inputs += [rows, w_in, w_out, scale, v, log_x, a_bar, drive, start]
-    inputs += [level, mixed, mixing, pairs, means, quats, sizes, colours, poses]
+    inputs += [level, mixed, mixing, pairs, means, quats, sizes, colours, poses, *latent]
     total = sum((t.square().sum() for t in found[:-1]), found[0].new_zeros(()))
     return [*found, *exact, *torch.autograd.grad(total, inputs)]
 

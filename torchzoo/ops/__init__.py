@@ -20,6 +20,7 @@ from torchzoo.ops.log_einsum_exp import log_einsum_exp, log_einsum_exp2
 from torchzoo.ops.log_max_sum import log_max_sum
 from torchzoo.ops.lti_scan import lti_scan
 from torchzoo.ops.ordered_matmul import ordered_matmul
+from torchzoo.ops.plas_sort import PlasStats, plas_sort
 from torchzoo.ops.project_gaussians import PackedProjection, Projected, project_gaussians
 from torchzoo.ops.rans import (
     RansDecoder,
@@ -44,6 +45,7 @@ from torchzoo.ops.vandermonde import vandermonde
 __all__ = [
     "FFNStats",
     "PackedProjection",
+    "PlasStats",
     "Projected",
     "RansDecoder",
     "RansEncoder",
@@ -72,6 +74,7 @@ __all__ = [
     "lti_scan",
     "ordered_matmul",
     "pack_ffn",
+    "plas_sort",
     "project_gaussians",
     "rans_decode",
     "rans_encode",
