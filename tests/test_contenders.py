@@ -70,7 +70,7 @@ def test_every_card_names_peers_or_says_why_there_are_none():
     silent = [card.key for card in registry.cards() if not card.compare]
     assert not silent
     assert all(callable(card.compare) or len(card.compare) > 20 for card in registry.cards())
-    assert len(COMPARED) > 0.7 * len(registry.cards())
+    assert len(COMPARED) >= 78
 
 
 @pytest.mark.parametrize("key", COMPARED)
