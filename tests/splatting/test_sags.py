@@ -7,7 +7,6 @@ from torch import nn
 
 from torchzoo import ops
 from torchzoo.splatting import (
-    SAGS_RATES,
     Cameras,
     GaussianScene,
     SAGSLite,
@@ -16,6 +15,7 @@ from torchzoo.splatting import (
     StructureAwareEncoder,
     curvature_densify,
 )
+from torchzoo.splatting.sags import SAGS_RATES
 from torchzoo.splatting.sags_points import voxel_means
 
 DOUBLE = torch.float64

@@ -41,7 +41,7 @@ __getattr__, __dir__, __all__ = attach(
         "protocol": ["DensifyStrategy", "TrainStep"],
         "rotations": ["matrix_to_quat", "quat_to_matrix"],
         "s3im_loss": ["S3IMLoss", "s3im"],
-        "sags": ["SAGS_RATES", "SAGSScene", "SAGSView"],
+        "sags": ["SAGSScene", "SAGSView"],
         "sags_encoder": ["StructureAwareEncoder"],
         "sags_lite": ["SAGSLite"],
         "sags_points": ["curvature_densify"],

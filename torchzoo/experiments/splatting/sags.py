@@ -22,7 +22,6 @@ from torchzoo.data.splat_worlds import world
 from torchzoo.experiment import Claim, Context, Criterion, Experiment, Measurements
 from torchzoo.ops import knn
 from torchzoo.splatting import (
-    SAGS_RATES,
     Cameras,
     DefaultStrategy,
     GaussianScene,
@@ -30,6 +29,7 @@ from torchzoo.splatting import (
     SplatTrainer,
     curvature_densify,
 )
+from torchzoo.splatting.sags import SAGS_RATES
 from torchzoo.splatting.sags_points import voxel_means
 
 PLAIN, DENSER, OURS, ALONE, LITE = (
