@@ -59,8 +59,7 @@ docs: $(VENV)/.dev-ready  ## Build the site into docs/_build, warnings are error
 	$(BIN)/python -m sphinx -W --keep-going -q -j $(JOBS) -b html docs docs/_build
 
 notebooks: $(VENV)/.dev-ready  ## Execute every notebook in place, keeping its pictures
-	cd notebooks && ls *.ipynb | OMP_NUM_THREADS=1 xargs -P $(JOBS) -n 1 $(CURDIR)/$(BIN)/python \
-	  -m jupyter nbconvert --to notebook --execute --inplace --KernelManager.transport=ipc
+	$(BIN)/python -m jupyter nbconvert --to notebook --execute --inplace notebooks/*.ipynb
 
 wheel: $(VENV)/.dev-ready  ## Build the wheel, kernels included, into dist/
 	rm -rf build/lib build/bdist* dist torchzoo/lib
