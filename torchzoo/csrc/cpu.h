@@ -58,6 +58,21 @@ inline Isa isa() {
   return found;
 }
 
+// `contiguous` and `empty_like` for steps of microseconds: torch's own find their operators by name,
+// which is slow in a cold cache, and the first even where there is nothing to do.
+inline Tensor dense(const Tensor& t) {
+  return t.is_contiguous() ? t : torch::stable::contiguous(t);
+}
+
+inline Tensor fresh_like(const Tensor& dense) {
+  AtenTensorHandle made;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      dense.dim(), dense.sizes().data(), dense.strides().data(),
+      torch::stable::detail::to<int32_t>(torch::stable::detail::from(dense.scalar_type())),
+      aoti_torch_device_type_cpu(), 0, &made));
+  return Tensor(made);
+}
+
 }  // namespace torchzoo
 
 #define TZ_INLINE static inline __attribute__((always_inline))

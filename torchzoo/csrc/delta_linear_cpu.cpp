@@ -79,7 +79,6 @@ void step(const Tensor& x, const Tensor& x_ref, const Tensor& acc, const Tensor&
 std::tuple<Tensor, Tensor> delta_linear_step(const Tensor& x, const Tensor& x_ref, const Tensor& acc,
                                              const Tensor& weight_t, std::optional<Tensor> quantum,
                                              double threshold) {
-  using torch::stable::contiguous;
   const ScalarType type = acc.scalar_type(), held = weight_t.scalar_type();
   STD_TORCH_CHECK(type == x.scalar_type() && type == x_ref.scalar_type() &&
                       (!quantum || quantum->scalar_type() == type),
@@ -91,13 +90,13 @@ std::tuple<Tensor, Tensor> delta_linear_step(const Tensor& x, const Tensor& x_re
                       x.numel() * outputs == acc.numel() * inputs &&
                       (!quantum || quantum->numel() == 1 || quantum->numel() == inputs),
                   "delta_linear_step: shapes that don't fit together");
-  if (quantum) quantum = contiguous(*quantum);
-  const Tensor dense = contiguous(acc), ref = contiguous(x_ref);
-  Tensor new_acc = torch::stable::empty_like(dense), new_ref = torch::stable::empty_like(ref);
+  if (quantum) quantum = dense(*quantum);
+  const Tensor sums = dense(acc), ref = dense(x_ref);
+  Tensor new_acc = fresh_like(sums), new_ref = fresh_like(ref);
   if (type == ScalarType::Double)
-    step<double>(contiguous(x), ref, dense, contiguous(weight_t), quantum, threshold, new_acc, new_ref);
+    step<double>(dense(x), ref, sums, dense(weight_t), quantum, threshold, new_acc, new_ref);
   else if (type == ScalarType::Float)
-    step<float>(contiguous(x), ref, dense, contiguous(weight_t), quantum, threshold, new_acc, new_ref);
+    step<float>(dense(x), ref, sums, dense(weight_t), quantum, threshold, new_acc, new_ref);
   else
     STD_TORCH_CHECK(false, "delta_linear_step: acc must be float32 or float64");
   return {new_acc, new_ref};

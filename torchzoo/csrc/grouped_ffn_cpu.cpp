@@ -13,6 +13,10 @@
 
 #include <memory>
 
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
 namespace torchzoo {
 namespace {
 
@@ -267,8 +271,22 @@ Tensor wide(const Tensor& t) {
   return half ? torch::stable::to(t, ScalarType::Float) : t;
 }
 
-Tensor zeros(const Tensor& like, std::vector<int64_t> sizes) {
+// A result in huge pages where the system has them: a large one lies in memory that the process has just
+// got, which costs a fault for each page at its first write, and of 2 MiB pages there are 512 times fewer.
+Tensor fresh(const Tensor& like, std::vector<int64_t> sizes) {
   Tensor out = torch::stable::new_empty(like, sizes);
+#ifdef MADV_HUGEPAGE
+  constexpr uintptr_t huge = 2 << 20;
+  const auto start = reinterpret_cast<uintptr_t>(out.mutable_data_ptr());
+  const uintptr_t first = (start + huge - 1) / huge * huge;
+  const uintptr_t last = (start + out.numel() * out.element_size()) / huge * huge;
+  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // if it can
+#endif
+  return out;
+}
+
+Tensor zeros(const Tensor& like, std::vector<int64_t> sizes) {
+  Tensor out = fresh(like, sizes);
   if (out.numel()) std::memset(out.mutable_data_ptr(), 0, out.numel() * out.element_size());
   return out;
 }
@@ -302,7 +320,7 @@ std::tuple<Tensor, Tensor> grouped_ffn(const Tensor& x, const Tensor& w_in, cons
   const int64_t count = src.numel(), width = w_in.size(2);
   const Ends ends(offsets, count);
   const Inputs in(x, w_in, w_out, src, weights);
-  Tensor y = zeros(in.x, {x.size(0), x.size(1)}), h = torch::stable::new_empty(in.x, {count, width});
+  Tensor y = zeros(in.x, {x.size(0), x.size(1)}), h = fresh(in.x, {count, width});
   with_type(in.x, [&]<class T>() {
     T* hidden = h.mutable_data_ptr<T>();
     forward(in.layer<T>(), ends, y.mutable_data_ptr<T>(), hidden);
@@ -319,8 +337,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> grouped_ffn_backward(
   const Tensor dy = torch::stable::contiguous(wide(grad)), hidden = torch::stable::contiguous(wide(h));
   const int64_t experts = w_in.size(0);
   Tensor dx = zeros(in.x, {for_x ? x.size(0) : 0, x.size(1)}), dweights = zeros(weights, {weights.size(0)});
-  Tensor dw_in = torch::stable::new_empty(in.x, {for_in ? experts : 0, w_in.size(1), w_in.size(2)});
-  Tensor dw_out = torch::stable::new_empty(in.x, {for_out ? experts : 0, w_out.size(1), w_out.size(2)});
+  Tensor dw_in = fresh(in.x, {for_in ? experts : 0, w_in.size(1), w_in.size(2)});
+  Tensor dw_out = fresh(in.x, {for_out ? experts : 0, w_out.size(1), w_out.size(2)});
   with_type(in.x, [&]<class T>() {
     const Gradients<T> to{for_x ? dx.mutable_data_ptr<T>() : nullptr,
                           for_in ? dw_in.mutable_data_ptr<T>() : nullptr,

@@ -128,8 +128,6 @@ void with_type(const Tensor& tensor, const Run& run) {
   run.template operator()<float>();
 }
 
-Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
-
 Tensor hyper_condition(const Tensor& z_, const Tensor& mean_out_, const Tensor& mean_latent_,
                        const Tensor& raw_, const Tensor& l21_) {
   const Sizes s = hyper::sizes(z_, mean_latent_, raw_, l21_, mean_out_);

@@ -8,6 +8,7 @@
 // work is done, one goes up and the other down, and what they write lies side by side. The terms of an
 // entry are added in the order of A's row, so that bits depend neither on threads nor on the way chosen.
 #include "spgemm_problem.h"
+#include "spgemm_sort.h"
 #include "spgemm_table.h"
 
 namespace torchzoo {
@@ -62,6 +63,7 @@ TZ_INLINE void fill_rows_body(const Factors<I>* f, Place* place, int64_t begin, 
                               const Packed<I, T>* y, Row<I, T>* row, O* __restrict col, T* __restrict out) {
   const I* __restrict list = row->list.get();
   T* __restrict sum = row->sum.data();
+  Terms<T> terms;
   for (int64_t r = begin; r < end; ++r) {
     const int64_t i = place->down ? begin + end - 1 - r : r;
     const Span span = span_of(*f, i);
@@ -72,6 +74,16 @@ TZ_INLINE void fill_rows_body(const Factors<I>* f, Place* place, int64_t begin, 
       go_through_row<bytes, Marks::none, true>(*f, i, x, y, *row);
       std::copy_n(sum + span.low, n, out + at);
       std::fill_n(sum + span.low, n, T(0));
+      continue;
+    }
+    if (x && span.terms <= FEW && !span.dense()) {
+      const int64_t n = sort_terms<bytes>(*f, i, x, *y, terms), at = (*place)(i, n);
+      add_sorted<bytes>(terms, span.terms, col + at, out + at);
+      continue;
+    }
+    if (x && !span.dense()) {
+      const int64_t n = rank_row<bytes>(*f, i, span, *y, *row), at = (*place)(i, n);
+      fill_ranked<bytes>(*f, i, span, x, *y, n, place->down ? -n : n, *row, col + at, out + at);
       continue;
     }
     const int64_t n = x ? merge_row<bytes, true>(*f, i, span, x, y, *row) : merge_row<bytes, false>(*f, i, span, x, y, *row);

@@ -167,12 +167,15 @@ struct Row {  // what a thread keeps for its rows; all clear between rows, but f
   std::vector<uint64_t> met, words;  // a bit a column, and a bit a word of those
   std::vector<T> sum;                // of each column, and a spare one
   Array<I> touched, list;            // words, and columns, in order
+  Array<I> before;                   // how many columns lie in words before, of each word
+  int64_t touched_count = 0;
   Row(int64_t columns, bool summed)
       : met(columns / 64 + 2),
         words(columns / 4096 + 2),
         sum(summed ? columns + 1 : 0),
         touched(columns / 64 + 2 + SLACK),
-        list(columns + SLACK) {}
+        list(columns + SLACK),
+        before(columns / 64 + 2) {}
 };
 
 struct Span {  // where the columns of a row of C lie
@@ -181,6 +184,7 @@ struct Span {  // where the columns of a row of C lie
   int64_t terms;
   bool solid;      // they are low, ..., high
   bool scattered;  // over many more words than there are terms
+  bool dense() const { return terms > 6 * (last - first + 1); }
 };
 
 template <class I>
@@ -216,10 +220,10 @@ TZ_INLINE void go_through_row(const Factors<I>& f, int64_t i, const T* x, const 
   uint64_t *__restrict met = row.met.data(), *__restrict words = row.words.data();
   T* __restrict sum = row.sum.data();
   for (I p = f.a_begin(i); p < f.a_end(i); ++p) {
-    if constexpr (summed) prefetch(f, p, *y);
+    if (y) prefetch(f, p, *y);
     else prefetch<I, T>(f, p, nullptr);
     const RowOf<I>& b = f.met(p);
-    const typename Packed<I, T>::Column* __restrict col = summed ? y->columns(b) : f.b_col + b.start;
+    const typename Packed<I, T>::Column* __restrict col = y ? y->columns(b) : f.b_col + b.start;
     const typename Packed<I, T>::Value* __restrict value = summed ? y->values(b) : nullptr;
     if (marks != Marks::words && b.length && b.run()) {
       if (marks == Marks::columns) mark_run(met, b.low, b.high);
@@ -273,14 +277,64 @@ TZ_INLINE int64_t merge_row(const Factors<I>& f, int64_t i, const Span& span, co
   if (!span.terms) return 0;
   if (!span.scattered) {
     go_through_row<bytes, Marks::columns, summed>(f, i, x, y, row);
-    const bool dense = span.terms > 6 * (span.last - span.first + 1);
-    return read_mask<bytes, 2>(met, span.first, span.last, dense, list);
+    return read_mask<bytes, 2>(met, span.first, span.last, span.dense(), list);
   }
   go_through_row<bytes, Marks::words, summed>(f, i, x, y, row);
   const int64_t count = read_mask<bytes, 4>(words, span.first >> 6, span.last >> 6, false, touched);
   int64_t n = 0;
   for (int64_t t = 0; t < count; ++t) n += read_mask<bytes, 1>(met, touched[t], touched[t], false, list + n);
   return n;
+}
+
+// Marks the columns of row i, and counts them up to each word that they are in: a column's place in the
+// row is then that count and the number of bits below its own.
+template <int bytes, class I, class T>
+TZ_INLINE int64_t rank_row(const Factors<I>& f, int64_t i, const Span& span, const Packed<I, T>& y, Row<I, T>& row) {
+  const uint64_t* __restrict met = row.met.data();
+  I *__restrict before = row.before.get(), *__restrict touched = row.touched.get();
+  int64_t n = 0;
+  if (!span.scattered) {
+    go_through_row<bytes, Marks::columns, false, I, T>(f, i, nullptr, &y, row);
+    for (int64_t word = span.first; word <= span.last; ++word) before[word] = n, n += __builtin_popcountll(met[word]);
+    return n;
+  }
+  go_through_row<bytes, Marks::words, false, I, T>(f, i, nullptr, &y, row);
+  const int64_t count = read_mask<bytes, 4>(row.words.data(), span.first >> 6, span.last >> 6, false, touched);
+  for (int64_t t = 0; t < count; ++t) before[touched[t]] = n, n += __builtin_popcountll(met[touched[t]]);
+  row.touched_count = count;
+  return n;
+}
+
+// Asks for n elements that will be written.
+template <class T>
+TZ_INLINE void ask_for(T* out, int64_t n) {
+  for (int64_t t = 0; t < n; t += 64 / sizeof(T)) __builtin_prefetch(out + t, 1);
+}
+
+// Adds the terms of a row that `rank_row` went through right to their places in C, and clears the mask.
+template <int bytes, class I, class T, class O>
+TZ_INLINE void fill_ranked(const Factors<I>& f, int64_t i, const Span& span, const T* x, const Packed<I, T>& y,
+                           int64_t n, int64_t ahead, Row<I, T>& row, O* __restrict columns, T* __restrict sums) {
+  uint64_t* __restrict met = row.met.data();
+  const I *__restrict before = row.before.get(), *__restrict touched = row.touched.get();
+  ask_for(columns + ahead, n);
+  ask_for(sums + ahead, n);
+  std::fill_n(sums, n, T(0));
+  for (I p = f.a_begin(i); p < f.a_end(i); ++p) {
+    const RowOf<I>& b = f.met(p);
+    const typename Packed<I, T>::Column* __restrict col = y.columns(b);
+    const typename Packed<I, T>::Value* __restrict value = y.values(b);
+    for (I q = 0; q < b.length; ++q) {
+      const I word = col[q] >> 6;
+      const int64_t at = before[word] + __builtin_popcountll(met[word] & ((uint64_t(1) << (col[q] & 63)) - 1));
+      columns[at] = col[q];
+      sums[at] = add_product<bytes>(sums[at], x[p], value[q]);
+    }
+  }
+  if (span.scattered)
+    for (int64_t t = 0; t < row.touched_count; ++t) met[touched[t]] = 0;
+  else
+    std::fill(met + span.first, met + span.last + 1, 0);
 }
 
 }  // namespace torchzoo

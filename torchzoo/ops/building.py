@@ -64,7 +64,8 @@ def build(
         name: `"cpu"` or `"cuda"`.
         clean: Compile even where the library is there.
         jobs: How many files are compiled at once; by default the number of cores, at most 4.
-        target: The file to make; by default the one in the cache that `library.find` looks for.
+        target: Where a copy of the library goes; by default it stays in the cache alone, where
+            `library.find` looks for it.
         flags: More flags for every compile and the link, for example a sanitizer's.
         progress: Called with files done, files in all, and the file that comes next.
 
@@ -77,7 +78,7 @@ def build(
     if library.torch_version() < library.FLOOR:
         raise KernelError(f"kernels need torch >= 2.10, found {torch.__version__}")
     program = compiler(name)
-    path = target or library.built_path(name)
+    path = library.built_path(name)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(path.parent / f".{path.name}.lock"):
@@ -90,10 +91,18 @@ def build(
                 with tempfile.TemporaryDirectory(dir=path.parent, prefix=scratch) as folder:
                     made = _compile(name, program, Path(folder), jobs, flags, progress)
                     os.replace(made, path)
+        return _copy(path, target) if target else path
     except OSError as error:
         mend = "set TORCHZOO_CACHE to a folder that can be written"
-        raise KernelError(f"can't write {path}: {error.strerror or error}; {mend}") from error
-    return path
+        where = error.filename or path
+        raise KernelError(f"can't write {where}: {error.strerror or error}; {mend}") from error
+
+
+def _copy(path: Path, target: Path) -> Path:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".building-") as folder:
+        os.replace(shutil.copy(path, folder), target)
+    return target
 
 
 def _compile(

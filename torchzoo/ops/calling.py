@@ -18,8 +18,10 @@ def below_autograd(*tensors: Tensor | None) -> AbstractContextManager[Any]:
     """
     if torch.compiler.is_compiling():
         return nullcontext()
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        return nullcontext()
+    if torch.is_grad_enabled():
+        for t in tensors:
+            if t is not None and t.requires_grad:
+                return nullcontext()
     guard: AbstractContextManager[Any] = torch._C._AutoDispatchBelowAutograd()
     return guard
 
@@ -49,9 +51,14 @@ def no_autocast(x: Tensor) -> AbstractContextManager[Any]:
     return nullcontext()
 
 
+def forward_mode() -> bool:
+    """Whether a level of forward-mode derivatives is open."""
+    return getattr(forward_ad, "_current_level", 0) >= 0
+
+
 def refuse_forward_mode(op: str, *tensors: Tensor | None) -> None:
     """Raise where torch would go on with a tangent of zero."""
-    if torch.compiler.is_compiling() or getattr(forward_ad, "_current_level", 0) < 0:
+    if not forward_mode() or torch.compiler.is_compiling():
         return
     if any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors):
         raise NotImplementedError(f"{op}: no forward-mode derivative, use reverse mode")

@@ -19,7 +19,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from torchzoo.ops.calling import below_autograd, loop_over_batch, refuse_forward_mode
+from torchzoo.ops.calling import (
+    below_autograd,
+    forward_mode,
+    loop_over_batch,
+    refuse_forward_mode,
+)
 
 
 def delta_linear_step(
@@ -68,18 +73,18 @@ def delta_linear_step(
         >>> acc, x_ref
         (tensor([3., 6.]), tensor([3., 5.]))
     """
-    _check(x, weight_t, threshold, quantum)
-    tensors = {"x": x, "x_ref": x_ref, "acc": acc, "weight_t": weight_t}
-    check_state("delta_linear_step", tensors, (*x.shape[:-1], weight_t.shape[1]))
-    dtype = state_dtype(*tensors.values())
-    # `to` costs microseconds even where there is nothing to do, as much as a sparse step itself
-    state = (t if t.dtype == dtype else t.to(dtype) for t in (x, x_ref, acc))
-    if weight_t.dtype != dtype and not is_half(weight_t):
-        weight_t = weight_t.to(dtype)
-    with below_autograd(*tensors.values()):
-        return torch.ops.torchzoo.delta_linear_step.default(
-            *state, weight_t, as_quantum(quantum, x, dtype), float(threshold)
-        )
+    if not _as_it_is(x, x_ref, acc, weight_t, threshold, quantum):
+        _check(x, weight_t, threshold, quantum)
+        tensors = {"x": x, "x_ref": x_ref, "acc": acc, "weight_t": weight_t}
+        check_state("delta_linear_step", tensors, (*x.shape[:-1], weight_t.shape[1]))
+        dtype = state_dtype(*tensors.values())
+        # `to` costs microseconds even where there is nothing to do
+        x, x_ref, acc = (t if t.dtype == dtype else t.to(dtype) for t in (x, x_ref, acc))
+        if weight_t.dtype != dtype and not is_half(weight_t):
+            weight_t = weight_t.to(dtype)
+        quantum = as_quantum(quantum, x, dtype)
+    with below_autograd(x, x_ref, acc, weight_t):
+        return _step_op(x, x_ref, acc, weight_t, quantum, float(threshold))
 
 
 def delta_linear(
@@ -226,6 +231,32 @@ def as_quantum(quantum: float | Tensor | None, like: Tensor, dtype: torch.dtype)
     return torch.as_tensor(quantum, dtype=dtype, device=like.device)
 
 
+def _as_it_is(
+    x: Tensor,
+    x_ref: Tensor,
+    acc: Tensor,
+    weight_t: Tensor,
+    threshold: float,
+    quantum: float | Tensor | None,
+) -> bool:
+    """Whether a step has nothing to convert or to refuse, in few and cheap questions.
+
+    Between two frames other work has pushed all that is needed here out of the caches, and then
+    the full checks take longer than adding the rows of a sparse step.
+    """
+    return (
+        quantum is None
+        and threshold >= 0
+        and x.dtype == x_ref.dtype == acc.dtype == weight_t.dtype == torch.float32
+        and x.shape == x_ref.shape
+        and weight_t.ndim == 2
+        and x.shape[-1:] == weight_t.shape[:1]
+        and acc.shape == x.shape[:-1] + weight_t.shape[1:]
+        and x.device == x_ref.device == acc.device == weight_t.device
+        and not forward_mode()
+    )
+
+
 def _check(x: Tensor, weight_t: Tensor, threshold: float, quantum: float | Tensor | None) -> None:
     if weight_t.ndim != 2:
         raise ValueError(f"weight_t: expected shape (I, O), got {tuple(weight_t.shape)}")
@@ -325,6 +356,7 @@ def _backward(ctx: Any, grad_acc: Tensor, grad_ref: Tensor) -> tuple[Tensor | No
     return grad_x, grad_xref, grad_acc, grad_weight, None, None
 
 
+_step_op = torch.ops.torchzoo.delta_linear_step.default
 _step.register_autograd(_backward, setup_context=_setup)
 
 
