@@ -14,12 +14,14 @@ import torch
 from torch import Tensor
 
 from torchzoo.ops import (
+    bounded_relu,
     categorical_log_prob,
     cauchy,
     crrelu,
     delta_conv2d_step,
     delta_linear_step,
     diagonal_step,
+    evonorm_sample,
     grouped_ffn,
     grouped_mm,
     hyper_condition,
@@ -33,6 +35,7 @@ from torchzoo.ops import (
     plas_sort,
     rans_encode,
     rasterize,
+    s3im_groups,
     sparse_ffn,
     spgemm,
     vandermonde,
@@ -81,6 +84,8 @@ def results() -> list[Tensor]:
         normal(3, 6, 5),
         normal(3, 6, 5, 4),
     )
+    bent += [bounded_relu(x, torch.tensor([0.5]))]
+    bent += [evonorm_sample(pairs, *normal(3, 6).unbind(), groups=2)]
     logs = [log_einsum_exp(level, mixing.square()), log_einsum_exp2(level, mixed, pairs.square())]
     logs += [log_max_sum(level, mixing.square())[0]]
     logs += [categorical_log_prob(mixing, torch.arange(12).view(3, 4) % 6)]
@@ -106,13 +111,14 @@ def results() -> list[Tensor]:
     ]
     latent = [normal(2, 9, 5), normal(9, 3), normal(9, 5), normal(9, 6), normal(9, 5, 3)]
     means_given = hyper_condition(*latent)
+    alike = s3im_groups(left, right.T[:31, :27].contiguous(), torch.arange(64).view(8, 8) % 31)
     words = rans_encode(
         torch.arange(900) % 3, torch.tensor([0, 9, 11, 16]).expand(900, 4), precision=4
     )
     exact = [ordered_matmul(x.detach(), up.detach().T.contiguous())]
     exact += [torch.frombuffer(bytearray(words), dtype=torch.uint8)]
     exact += [plas_sort(pairs.detach().view(90, 4)[:81], min_block=2, generator=generator)]
-    found = [y, *steps, *pixels, ffn, experts, *bent, *spaces, *logs, *drawn, means_given]
+    found = [y, *steps, *pixels, ffn, experts, *bent, *spaces, *logs, *drawn, means_given, alike]
     found += [product.to_dense()]
     inputs = [x, weight, frame, acc, weight_t, image, sums, kernels, token, up, down, gate]
     inputs += [rows, w_in, w_out, scale, v, log_x, a_bar, drive, start]

@@ -37,6 +37,7 @@ class Case:
         size: The place on the horizontal axis of the plot.
         bar: The ratio of a peer's median to ours that is asked for on a CPU, if any.
         against: Which peer's; None: the best one's.
+        rounds: At most so many are run; None: as many as asked for. For peers that take long.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Case:
     size: float
     bar: float | None = None
     against: str | None = None
+    rounds: int | None = None
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,8 @@ def _case(
     case: Case, device: torch.device, rounds: int, limits: dict[str, float]
 ) -> dict[str, Any]:
     calls = dict(case.make(device))
+    if case.rounds is not None:
+        rounds = min(rounds, case.rounds)
     found = measure(calls, device, rounds, warm_up=WARM_UP)
     peers = {name: row["median"] for name, row in found.items() if name != OURS}
     best = min(peers, key=lambda name: peers[name])
@@ -104,6 +108,7 @@ def _case(
     return {
         "name": case.name,
         "size": case.size,
+        "rounds": rounds,
         "seconds": found,
         "peak_bytes": {name: peak_bytes(call, device) for name, call in calls.items()},
         "best_peer": best,
@@ -220,7 +225,7 @@ def table(result: Mapping[str, Any]) -> Any:
         shown.add_column(column, justify="left" if column in ("case", "best peer") else "right")
     for row in result["cases"]:
         ours, best = row["seconds"][OURS], row["seconds"][row["best_peer"]]
-        asked = "" if row["bar"] is None else f"{row['bar']:g}x"
+        asked = "" if row["bar"] is None else f"{row['bar']:.3g}x"
         if row["bar_peer"] != row["best_peer"]:
             asked += f" {row['bar_peer']}: {row['bar_ratio']:.2f}x"
         met = row["bar"] is None or row["bar_ratio"] >= row["bar"]

@@ -18,7 +18,7 @@ from torchzoo.activations import (
     search,
     worst_gradient_norm,
 )
-from torchzoo.activations.evonorm_search import B0, OPERATIONS, S0, alive, describe
+from torchzoo.activations.evonorm_graph import B0, OPERATIONS, S0, alive, describe
 
 
 def drawn(*shape, seed=0):

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch.autograd import gradcheck, gradgradcheck
 
 from torchzoo.activations import crrelu, hyrelu
-from torchzoo.ops import library
+from torchzoo.ops import bounded_relu, library
 
 DOUBLE = torch.float64
 TYPES = [DOUBLE, torch.float32, torch.bfloat16, torch.float16]
@@ -43,6 +43,11 @@ def hyrelu_by_hand(x, bound, kappa=20.0):
         return passed * low, np.where(passed == 0, 0.0, low - fall), fall
 
 
+def saturate_by_hand(x, bound):
+    inside, beyond = (x > 0) & (x <= bound), x > bound
+    return np.clip(x, 0, bound), inside * 1.0, beyond * 1.0
+
+
 class Case(NamedTuple):
     """An operator: its public function, further arguments, and the function by hand."""
 
@@ -67,6 +72,7 @@ class Case(NamedTuple):
 CASES = [
     Case("crrelu", crrelu, (), crrelu_by_hand),
     Case("hyrelu", hyrelu, (20.0, True), hyrelu_by_hand),
+    Case("bounded_relu", bounded_relu, (2,), saturate_by_hand),
 ]
 cases = pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
 SHAPES = [  # of x and of the parameter
@@ -143,6 +149,30 @@ def test_equals_the_reference(case, shapes, dtype):
     expected_x, expected_p = case.module.slopes(grad, x, p, *case.options)
     torch.testing.assert_close(dx, expected_x, **tolerance)
     torch.testing.assert_close(dp, expected_p, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.claim(121, "Bounds are compared with exactly, NaN and ties too", tolerance=0.0)
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("features", [(), (8,)])
+def test_comparisons_with_a_bound(dtype, features):
+    nan, inf = torch.nan, torch.inf
+    x = torch.tensor([nan, -inf, -1.0, 0.0, 0.25, 0.5, 0.75, inf], dtype=dtype)
+    bound = torch.full(features, 0.5, dtype=DOUBLE if dtype == DOUBLE else torch.float32)
+    expected = {
+        "above": [nan, 0, 0, 0, 0, 0, 0.75, inf],
+        "below": [0, 0, 0, 0, 0.25, 0.5, 0, 0],
+        "saturate": [0, 0, 0, 0, 0.25, 0.5, 0.5, 0.5],
+    }
+    for kind, values in expected.items():
+        wanted = torch.tensor(values, dtype=dtype)
+        for leaf in (x, x.clone().requires_grad_()):
+            y = bounded_relu(leaf, bound, kind=kind)
+            torch.testing.assert_close(y, wanted, rtol=0, atol=0, equal_nan=True)
+        passed = (y.detach() == x) & (x != 0) | (x.isnan() & (kind == "above"))
+        y.sum().backward()
+        assert torch.equal(leaf.grad, passed.to(dtype))
+    with pytest.raises(ValueError, match="kind: expected one of above, below, saturate, got 'x'"):
+        bounded_relu(x, bound, kind="x")
 
 
 @pytest.mark.cuda

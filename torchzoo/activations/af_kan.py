@@ -33,6 +33,7 @@ from torchzoo.activations.basis import ACTIVATIONS, check_choice, check_count
 from torchzoo.activations.kan import compute_type, in_tiles
 from torchzoo.activations.pair_basis import PairBasis
 from torchzoo.hub import ZooModel
+from torchzoo.ops.calling import no_autocast
 from torchzoo.registry import Comparison, Example, register
 
 __all__ = ["AFKAN", "AFKANLayer", "PairBasis"]
@@ -216,8 +217,7 @@ class AFKANLayer(ZooModel):
         rows = compute_type(x).reshape(-1, self.in_features)
         held = self.basis.num_basis * self.in_features
         alone = self.func_norm != "batch"  # rows that act on each other can't be tiled
-        r = in_tiles(lambda part: function(self._functions(part)), rows, held, fused=alone)
-        return r.reshape(x.shape)
+        return in_tiles(function, rows, held, fused=alone).reshape(x.shape)
 
     def _functions(self, x: Tensor) -> Tensor:
         """The scaled pair functions of x (n, D), with the functions first: (n, K, D)."""
@@ -226,18 +226,49 @@ class AFKANLayer(ZooModel):
             return phi
         return min_max(phi, (-2, -1) if self.func_norm == "sample" else None)
 
-    def _multistep(self, phi: Tensor) -> Tensor:
+    def _multistep(self, x: Tensor) -> Tensor:
         assert self.score is not None
-        return self.score(phi.mT).squeeze(-1)
+        (mixed,) = self._mixtures(x, self.score.weight).unbind(-2)
+        return mixed + self.score.bias
 
-    def _global_attention(self, phi: Tensor) -> Tensor:
-        weights = (self._multistep(phi) / self._sharpness()).softmax(-1)  # over the inputs
-        return weights * phi.sum(-2)
+    def _global_attention(self, x: Tensor) -> Tensor:
+        assert self.score is not None
+        weight = torch.cat([self.score.weight, torch.ones_like(self.score.weight)])
+        score, total = self._mixtures(x, weight).unbind(-2)
+        weights = ((score + self.score.bias) / self._sharpness()).softmax(-1)  # over the inputs
+        return weights * total
 
-    def _spatial_attention(self, phi: Tensor) -> Tensor:
+    def _spatial_attention(self, x: Tensor) -> Tensor:
         assert self.conv is not None
+        phi = self._functions(x)
         weights = (self.conv(phi) / self._sharpness()).softmax(-2)  # over the functions
         return (weights * phi).sum(-2)
+
+    def _mixtures(self, x: Tensor, weight: Tensor) -> Tensor:
+        """Sums of the scaled pair functions of x (n, D), times weights (M, K): (n, M, D).
+
+        As the scaling is affine, it is applied to the sums, which are fewer than the functions.
+        """
+        phi = self.basis.evaluate(x)  # (n, K, D)
+        with no_autocast(x):  # of sums in half precision the scaling would leave little
+            mixed = torch.bmm(weight.to(phi.dtype).expand(len(x), -1, -1), phi)
+        if self.func_norm == "none" or phi.numel() == 0:
+            return mixed
+        low, high = self._extremes(x, phi.detach())
+        extent = high - low
+        lift = low * weight.to(phi.dtype).sum(-1, keepdim=True)
+        return (mixed - lift) / extent.where(extent > 0, 1)
+
+    def _extremes(self, x: Tensor, phi: Tensor) -> tuple[Tensor, Tensor]:
+        """The least and the largest function of each sample, (n, 1, 1), or of the batch (1, 1, 1).
+
+        They are computed again at the input that they are of, and so are their gradients there.
+        """
+        if self.func_norm == "batch":
+            x, phi = x.reshape(1, -1), phi.movedim(1, 0).flatten(1).unsqueeze(0)
+        where = torch.stack([phi.amin(-2).argmin(-1), phi.amax(-2).argmax(-1)], -1)
+        ends = self.basis.evaluate(x.gather(-1, where))  # (n, K, 2)
+        return ends[..., :1].amin(1, keepdim=True), ends[..., 1:].amax(1, keepdim=True)
 
     def _sharpness(self) -> Tensor:
         assert self.temperature is not None

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from torchzoo.activations.evonorm import EvoNormS0
+from torchzoo.activations.evonorm_sample import EvoNormS0
 from torchzoo.surgery import Replaced, find, replace
 
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)

@@ -1,4 +1,4 @@
-"""The maths of EvoNorm as functions: statistics of batch, instance and group, B0 and S0.
+"""The maths of EvoNorm as functions: statistics of batch, instance, B0 and S0.
 
 Statistics are biased, in two passes, in float32 at least.
 """
@@ -10,6 +10,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from torchzoo.ops import evonorm_sample
 
 
 def evonorm_b0(
@@ -81,10 +83,7 @@ def evonorm_s0(
         >>> evonorm_s0(x, one, zero, zero, groups=1, eps=0.0).flatten().tolist()
         [-0.5, 0.5]
     """
-    wide = widened(x)
-    active = wide * (column(v, wide) * wide).sigmoid()
-    y = over_groups(active, wide, groups, eps, centred=True)
-    return affine(y, weight, bias).to(x.dtype)
+    return evonorm_sample(x, weight, bias, v, groups=groups, eps=eps)
 
 
 def widened(x: Tensor) -> Tensor:
@@ -121,17 +120,6 @@ def instance_rms(x: Tensor, eps: float) -> Tensor:
 def over_larger(x: Tensor, batch_var: Tensor, other: Tensor, eps: float) -> Tensor:
     """`x` over the larger of the batch's deviation and another term."""
     return x / torch.maximum((column(batch_var, x) + eps).sqrt(), other)
-
-
-def over_groups(y: Tensor, x: Tensor, groups: int, eps: float, *, centred: bool) -> Tensor:
-    """`y` over the std or rms of the groups of `x`; views, whatever the memory format."""
-    split = x.unflatten(1, (groups, x.shape[1] // groups))
-    axes = list(range(2, split.ndim))
-    if centred:
-        moment = variance(split, axes, keepdim=True)
-    else:
-        moment = split.square().mean(axes, keepdim=True)
-    return (y.unflatten(1, split.shape[1:3]) / (moment + eps).sqrt()).flatten(1, 2)
 
 
 def affine(y: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

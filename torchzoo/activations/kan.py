@@ -217,10 +217,13 @@ class KANLinear(ZooModel):
         weight = rearrange(self.coef, "o i k -> o (k i)")
 
         def outputs(rows: Tensor) -> Tensor:
-            y = F.linear(as_weights(self.basis.evaluate(rows).flatten(-2), weight), weight)
-            if self.base is None:
-                return y
-            return y + F.linear(as_weights(self.base_activation(rows), weight), self.base)
+            base: Tensor | float = 0.0
+            if self.base is not None:
+                base = F.linear(as_weights(self.base_activation(rows), weight), self.base)
+            # last, as what comes after the last tensor that is kept is not computed again
+            return base + F.linear(
+                as_weights(self.basis.evaluate(rows).flatten(-2), weight), weight
+            )
 
         rows = compute_type(x).reshape(-1, self.in_features)
         y = in_tiles(outputs, rows, weight.shape[-1], fused=self.fused)

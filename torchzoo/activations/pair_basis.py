@@ -114,11 +114,13 @@ class PairBasis(UnivariateBasis):
             self.high.copy_(self.low + (self.order + 1) / self.grid_size)
 
     def evaluate(self, x: Tensor) -> Tensor:
+        return self.pairs(x.unsqueeze(-2), self.low.unsqueeze(-1), self.high.unsqueeze(-1))
+
+    def pairs(self, x: Tensor, low: Tensor, high: Tensor) -> Tensor:
+        """The functions with these shifts at x; all three broadcast."""
         act = ACTIVATIONS[self.activation]
-        column = x.unsqueeze(-2)
-        positive = act(column - self.low.unsqueeze(-1))
-        negative = act(self.high.unsqueeze(-1) - column)
-        return COMBINATIONS[self.combine](positive, negative)
+        # signs change before the tensors grow: so do their gradients', after they have shrunk
+        return COMBINATIONS[self.combine](act(x + -low), act(high + -x))
 
     def extra_repr(self) -> str:
         return (

@@ -1,8 +1,8 @@
 """What the layers of S-KAN share, and the layer that is left when each node has chosen.
 
-A pooled layer has bases by family and, for each, coefficients (O, nodes, K); its output is one
-matrix product of all functions with all coefficients, in tiles as in `kan`. In the pruned layer a
-family is computed for the inputs that chose it only.
+A pooled layer has bases by family and, for each, coefficients (O, nodes, K); its output is the sum
+of a matrix product a family, of its functions with its coefficients, in tiles as in `kan`. In the
+pruned layer a family is computed for the inputs that chose it only.
 """
 
 from __future__ import annotations
@@ -78,17 +78,18 @@ class PooledKAN(ZooModel):
     def _product(self, x: Tensor, weights: Sequence[Tensor]) -> Tensor:
         """The sum over the families of functions times weights (O, nodes, K)."""
         self.check_inputs(x)
-        weight = torch.cat([rearrange(w, "o i k -> o (k i)") for w in weights], -1)
+        rows = compute_type(x).reshape(-1, self.in_features)
+        total = rows.new_zeros(len(rows), self.out_features, dtype=weights[0].dtype)
+        if self.bias is not None:
+            total = total + self.bias
+        for (name, basis, _), coef in zip(self.families(), weights, strict=True):
+            weight = rearrange(coef, "o i k -> o (k i)")
 
-        def rows(part: Tensor) -> Tensor:
-            features = [
-                basis.evaluate(self._inputs_of(name, part)).flatten(-2)
-                for name, basis, _ in self.families()
-            ]
-            return F.linear(as_weights(torch.cat(features, -1), weight), weight, self.bias)
+            def product(part: Tensor, basis: UnivariateBasis = basis, w: Tensor = weight) -> Tensor:
+                return F.linear(as_weights(basis.evaluate(part).flatten(-2), w), w)
 
-        y = in_tiles(rows, compute_type(x).reshape(-1, self.in_features), weight.shape[-1])
-        return y.reshape(*x.shape[:-1], self.out_features)
+            total = total + in_tiles(product, self._inputs_of(name, rows), weight.shape[-1])
+        return total.reshape(*x.shape[:-1], self.out_features)
 
     def _reset_functions(self) -> None:
         """Coefficients of variance 1 / (D sum_k E B_k^2), x spread over the family's range."""

@@ -24,7 +24,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from torchzoo.activations.faults import predictions
-from torchzoo.activations.proact import SMALLEST_BOUND, HybridClippedReLU, called_in_order
+from torchzoo.activations.proact import HybridClippedReLU
+from torchzoo.activations.proact_bounds import SMALLEST_BOUND, called_in_order
 
 DECAYS = tuple(4.0 * 10.0**-k for k in range(5, 16))
 LAYER_RATE, NEURON_RATE, WARM_UP = 0.01, 0.001, 0.05

@@ -5,12 +5,14 @@ Importing the operators loads the kernel libraries that are there (see `torchzoo
 
 from torchzoo.ops import library
 from torchzoo.ops.block_log_einsum_exp import block_sparse_log_einsum_exp
+from torchzoo.ops.bounded_relu import bounded_relu
 from torchzoo.ops.categorical_log_prob import categorical_log_prob
 from torchzoo.ops.cauchy import cauchy
 from torchzoo.ops.crrelu import crrelu
 from torchzoo.ops.delta_conv2d import delta_conv2d, delta_conv2d_step
 from torchzoo.ops.delta_linear import delta_linear, delta_linear_step, delta_scan
 from torchzoo.ops.diagonal_step import diagonal_step
+from torchzoo.ops.evonorm_sample import evonorm_sample
 from torchzoo.ops.grouped_ffn import grouped_ffn
 from torchzoo.ops.grouped_mm import grouped_mm
 from torchzoo.ops.hyper_condition import hyper_condition
@@ -30,6 +32,7 @@ from torchzoo.ops.rans import (
     rans_encode,
 )
 from torchzoo.ops.rasterize import RasterOutput, rasterize, sh_to_rgb
+from torchzoo.ops.s3im_groups import s3im_groups
 from torchzoo.ops.sparse_ffn import FFNStats, pack_ffn, sparse_ffn
 from torchzoo.ops.spgemm import (
     SpGEMMPlan,
@@ -53,6 +56,7 @@ __all__ = [
     "SpGEMMPlan",
     "SpGEMMStats",
     "block_sparse_log_einsum_exp",
+    "bounded_relu",
     "categorical_log_prob",
     "cauchy",
     "crrelu",
@@ -62,6 +66,7 @@ __all__ = [
     "delta_linear_step",
     "delta_scan",
     "diagonal_step",
+    "evonorm_sample",
     "frequency_tables",
     "grouped_ffn",
     "grouped_mm",
@@ -79,6 +84,7 @@ __all__ = [
     "rans_decode",
     "rans_encode",
     "rasterize",
+    "s3im_groups",
     "sh_to_rgb",
     "sparse_ffn",
     "spgemm",

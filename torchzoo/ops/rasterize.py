@@ -209,26 +209,27 @@ def rasterize(
     beta = None if beta is None else beta.to(dtype).contiguous()
     opacities = per_camera(opacities.to(dtype), C, 1).contiguous()
     code, inria = KERNELS[kernel], preset == "inria"
-    radii, means2d, depths, conics, covs2d, compensations = splat_project(
-        means,
-        quats,
-        scales,
-        opacities.detach(),
-        None if beta is None else beta.detach(),
-        viewmats,
-        Ks,
-        width,
-        height,
-        code,
-        CAMERAS[camera_model],
-        0.0 if code == ANALYTIC else BLUR if eps2d is None else eps2d,
-        INRIA_NEAR if inria else near,
-        float("inf") if inria else far,
-        radius_clip,
-        alpha_min,
-        antialiased,
-        inria,
-    )
+    with below_autograd(means, quats, scales, viewmats):
+        radii, means2d, depths, conics, covs2d, compensations = splat_project(
+            means,
+            quats,
+            scales,
+            opacities.detach(),
+            None if beta is None else beta.detach(),
+            viewmats,
+            Ks,
+            width,
+            height,
+            code,
+            CAMERAS[camera_model],
+            0.0 if code == ANALYTIC else BLUR if eps2d is None else eps2d,
+            INRIA_NEAR if inria else near,
+            float("inf") if inria else far,
+            radius_clip,
+            alpha_min,
+            antialiased,
+            inria,
+        )
     if antialiased:
         opacities = opacities * compensations
     if means2d.requires_grad and not torch.compiler.is_compiling():
@@ -298,7 +299,7 @@ def _directions(means: Tensor, viewmats: Tensor, camera_model: CameraModel) -> T
     R, t = viewmats[:, :3, :3], viewmats[:, :3, 3]
     if camera_model == "orthographic":
         return R[:, 2:].expand(-1, means.shape[0], -1)
-    return means + torch.einsum("cij,ci->cj", R, t)[:, None]  # the camera is at -R^T t
+    return means + t[:, None] @ R  # the camera is at -R^T t
 
 
 def _channels(
@@ -371,7 +372,5 @@ def _composite(
 
 def _median_depth(depths: Tensor, median: Tensor) -> Tensor:
     """Depths of the splats that the pixels name, 0 where they name none."""
-    if not depths.shape[1]:
-        return torch.zeros_like(median, dtype=depths.dtype)
-    found = depths.gather(1, median.clamp(min=0).flatten(1).long()).view_as(median)
-    return torch.where(median >= 0, found, 0)
+    shown = torch.nn.functional.pad(depths, (1, 0))  # -1 names what comes before the first
+    return shown.gather(1, (median + 1).flatten(1).long()).view_as(median)

@@ -56,8 +56,10 @@ def spherical_harmonics(degree: int, dirs: Tensor, coeffs: Tensor) -> Tensor:
         raise ValueError(f"dirs: got {tuple(dirs.shape)}, expected (..., 3)")
     check_coefficients("coeffs", coeffs, degree)
     check_types("spherical_harmonics", {"dirs": dirs, "coeffs": coeffs})
+    lead, items = dirs.shape[:-1], coeffs.shape[:-2]
     try:
-        lead = torch.broadcast_shapes(dirs.shape[:-1], coeffs.shape[:-2])
+        if lead[max(0, len(lead) - len(items)) :] != items:  # a slow function is next
+            lead = torch.broadcast_shapes(lead, items)
     except RuntimeError:
         expected = f"leading dimensions that broadcast with {tuple(dirs.shape[:-1])}"
         raise ValueError(f"coeffs: got {tuple(coeffs.shape)}, expected {expected}") from None

@@ -6,13 +6,7 @@ __getattr__, __dir__, __all__ = attach(
     __name__,
     {
         "activation_meter": ["ActivationMeter", "ActivityReport", "activation_ratio"],
-        "channel_gate": [
-            "FTWTConv2d",
-            "GateRecord",
-            "MaskPredictor",
-            "heatmap_mass_mask",
-            "uniform_mask",
-        ],
+        "channel_gate": ["FTWTConv2d", "GateRecord"],
         "channel_gate_tools": [
             "FlopCount",
             "estimate_flops",
@@ -22,6 +16,7 @@ __getattr__, __dir__, __all__ = attach(
             "measured_flops",
             "open_gates",
         ],
+        "channel_masks": ["heatmap_mass_mask", "uniform_mask"],
         "delta": [
             "DeltaActivation",
             "DeltaConv2d",
@@ -38,11 +33,12 @@ __getattr__, __dir__, __all__ = attach(
         "lazy": [
             "TopKActivation",
             "TopKFFN",
-            "activation_gradient_at_init",
             "convert_topk",
             "topk_activation",
         ],
+        "lazy_gradient": ["GradientAtInit", "activation_gradient_at_init"],
         "layouts": ["MLPParts", "mlp_parts"],
+        "mask_predictor": ["MaskPredictor"],
         "massive": ["MassiveActivationMeter", "MassiveReport", "intervene", "massive_mask"],
         "meters": ["DeltaMeter"],
         "law": ["SparsingLaw"],
@@ -56,15 +52,13 @@ __getattr__, __dir__, __all__ = attach(
             "prosparse_convert",
         ],
         "sdr": [
-            "ThresholdChoice",
-            "capacity",
-            "optimal_threshold",
             "repeated_error",
             "sdr_false_negative",
             "sdr_false_positive",
             "sdr_log_pmf",
             "sdr_union_false_positive",
         ],
+        "sdr_design": ["ThresholdChoice", "capacity", "optimal_threshold"],
         "sdr_patterns": ["SDR"],
         "smash": ["SparseSparseLinear"],
         "sparsity_meter": ["SparsityMeter", "SparsitySummary"],

@@ -3,18 +3,15 @@
 S. Elkerdawy, M. Elhoushi, H. Zhang and N. Ray, "Fire Together Wire Together: A Dynamic Pruning
 Approach with Self-Supervised Mask Prediction", 2022. With out = act(bn(conv(x)) [+ residual]),
 
-    e_c = max over space of |out_c|,   p_c = e_c / sum e               how strongly a filter fires
-    target_c = 1 while p, summed from the largest down to p_c, is at most tau
+    target = the filters that fire, as `channel_masks` finds them
     g = linear(pool(x)),   mask_c = 1[sigmoid(g_c) > 1/2],   y_c = mask_c out_c
 
 The head learns target_c by binary cross-entropy, without a sparsity loss to balance, and sees the
 gradient of the task through mask_c as if it were sigmoid(g_c). It is decoupled by default: neither
 gradient goes on from the head into x.
 
-Deviations from the authors' code: the strongest filter is kept where it alone has more than tau of
-the mass (`min_keep=1`), and an image without any activity keeps that one only; filters that are
-masked are not computed (`policy="gather"`), nor are input channels read that are zero everywhere,
-whatever made them so.
+Deviations from the authors' code: filters that are masked are not computed (`policy="gather"`), nor
+are input channels read that are zero everywhere, whatever made them so.
 """
 
 from __future__ import annotations
@@ -29,152 +26,8 @@ from torch import Tensor, nn
 
 from torchzoo.hub import ZooModel
 from torchzoo.registry import Comparison, Example, register
-
-
-def heatmap_mass_mask(out: Tensor, tau: float, *, delta: float = 1e-5, min_keep: int = 1) -> Tensor:
-    """Which filters hold the first tau of the mass of an image's activations.
-
-    Args:
-        out: Activations of a layer.
-        tau: Share of the mass, at most 1. At 1 all but dead filters are kept, those with at most
-            `delta` of the mass; below 0 all are.
-        delta: Mass by which tau may be exceeded.
-        min_keep: Filters that are kept in any case, the strongest.
-
-    Shape:
-        - out: `(B, C, H, W)`
-        - output: `(B, C)`, bool
-
-    Raises:
-        ValueError: tau above 1, or an input that is no image.
-
-    Source:
-        Elkerdawy et al., "Fire Together Wire Together", 2022, the mass criterion.
-
-    Example:
-        >>> out = torch.tensor([5.0, 3.0, 1.0, 1.0]).reshape(1, 4, 1, 1)
-        >>> heatmap_mass_mask(out, 0.8), heatmap_mass_mask(out, 0.79)
-        (tensor([[ True,  True, False, False]]), tensor([[ True, False, False, False]]))
-    """
-    _check_threshold("tau", "mass", tau)
-    heat = _heat(out)
-    if tau < 0:
-        return torch.ones_like(heat, dtype=torch.bool)
-    largest, order = heat.sort(stable=True, dim=-1, descending=True)
-    share = largest / heat.sum(-1, keepdim=True).clamp_min(torch.finfo(heat.dtype).tiny)
-    keep = share > delta if tau == 1 else (share.cumsum(-1) - tau <= delta) & (share > 0)
-    keep = keep | (torch.arange(heat.shape[-1], device=heat.device) < min_keep)
-    return torch.zeros_like(keep).scatter(-1, order, keep)
-
-
-def uniform_mask(out: Tensor, ratio: float, *, delta: float = 1e-5) -> Tensor:
-    """All but an image's weakest filters, the same number for each image, and the dead ones.
-
-    Args:
-        out: Activations of a layer.
-        ratio: Share of the filters that are dropped, rounded down to a whole number of them.
-        delta: A filter is dead where its largest activation is at most this.
-
-    Shape:
-        - out: `(B, C, H, W)`
-        - output: `(B, C)`, bool
-
-    Raises:
-        ValueError: ratio not in [0, 1), or an input that is no image.
-
-    Source:
-        Elkerdawy et al., "Fire Together Wire Together", 2022, the uniform criterion.
-
-    Example:
-        >>> out = torch.tensor([5.0, 3.0, 0.0, 1.0]).reshape(1, 4, 1, 1)
-        >>> uniform_mask(out, 0.5)
-        tensor([[ True,  True, False, False]])
-    """
-    _check_threshold("ratio", "uniform", ratio)
-    heat = _heat(out)
-    dropped = math.floor(ratio * heat.shape[-1] + 1e-9)  # so that 0.29 of 100 is 29
-    weakest = heat.argsort(stable=True, dim=-1)[..., :dropped]
-    return (heat > delta).scatter(-1, weakest, False)
-
-
-@register(
-    paper=43,
-    example=lambda: Example(
-        {"in_channels": 3, "out_channels": 4, "pool_target": 12, "softmax": True},
-        (torch.randn(2, 3, 5, 4),),
-        bad_options={"in_channels": 0, "out_channels": 0, "pool_target": 0},
-    ),
-    exempt={"fixed-rank": "images are (B, C, H, W)"},
-    compare="a part of FTWTConv2d, which has peers",
-)
-class MaskPredictor(ZooModel):
-    """The head: average pooling and one linear layer, a logit for each filter.
-
-    Args:
-        in_channels: Channels of the images.
-        out_channels: Filters.
-        pool_target: Features to pool to, about: the images become squares of side
-            round(sqrt(pool_target / in_channels)), at least 1. -1: one feature a channel.
-        softmax: Softmax over the pooled features.
-        device: Device of the parameters.
-        dtype: Dtype of the parameters.
-
-    Shape:
-        - x: `(B, in_channels, H, W)`
-        - output: `(B, out_channels)`
-
-    Returns:
-        Logits; a filter is computed where its logit is above 0.
-
-    Raises:
-        ValueError: An option out of its range, or an input of another shape.
-
-    Source:
-        Elkerdawy et al., "Fire Together Wire Together", 2022, the mask prediction head.
-
-    Example:
-        >>> MaskPredictor(3, 8)(torch.randn(2, 3, 5, 5)).shape
-        torch.Size([2, 8])
-    """
-
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        *,
-        pool_target: int = -1,
-        softmax: bool = False,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ):
-        super().__init__()
-        for name, size in (("in_channels", in_channels), ("out_channels", out_channels)):
-            if size < 1:
-                raise ValueError(f"{name}: expected at least 1, got {size}")
-        if pool_target < 1 and pool_target != -1:
-            raise ValueError(f"pool_target: expected at least 1, or -1, got {pool_target}")
-        self.in_channels = in_channels
-        self.softmax = softmax
-        self.side = 1 if pool_target == -1 else max(1, round(math.sqrt(pool_target / in_channels)))
-        features = in_channels * self.side**2
-        self.linear = nn.Linear(features, out_channels, device=device, dtype=dtype)
-
-    def reset_parameters(self) -> None:
-        """Uniform in ±1/√features, as `nn.Linear` starts."""
-        self.linear.reset_parameters()
-
-    @property
-    def macs(self) -> int:
-        """Multiplications for an image, without those of the pooling."""
-        return self.linear.weight.numel()
-
-    def forward(self, x: Tensor) -> Tensor:
-        _check_images(x, self.in_channels)
-        pooled = F.adaptive_avg_pool2d(x, self.side).flatten(1)
-        return self.linear(pooled.softmax(-1) if self.softmax else pooled)
-
-    def extra_repr(self) -> str:
-        return f"side={self.side}, softmax={self.softmax}"
+from torchzoo.sparsity.channel_masks import check_threshold, heatmap_mass_mask, uniform_mask
+from torchzoo.sparsity.mask_predictor import MaskPredictor, check_images
 
 
 class GateRecord(NamedTuple):
@@ -295,7 +148,7 @@ class FTWTConv2d(ZooModel):
         _choice("criterion", criterion, ("mass", "uniform"))
         _choice("mode", mode, ("decoupled", "joint"))
         _choice("policy", policy, ("mask", "gather"))
-        _check_threshold("threshold", criterion, threshold)
+        check_threshold("threshold", criterion, threshold)
         if not (isinstance(act, nn.Module) or act in ("relu", None)):
             raise ValueError(f"act: expected a module, 'relu' or None, got {act!r}")
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
@@ -337,7 +190,7 @@ class FTWTConv2d(ZooModel):
 
     def set_threshold(self, threshold: float) -> None:
         """Change the threshold that the targets are made with."""
-        _check_threshold("threshold", self.criterion, threshold)
+        check_threshold("threshold", self.criterion, threshold)
         self.threshold = self._zoo_config["threshold"] = threshold
 
     @property
@@ -353,7 +206,7 @@ class FTWTConv2d(ZooModel):
         return None if self.record is None else self.record.mask
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        _check_images(x, self.conv.in_channels)
+        check_images(x, self.conv.in_channels)
         size = (x.shape[0], self.conv.out_channels, *self.out_size(x))
         if residual is not None and residual.shape != size:
             raise ValueError(f"residual: expected {size}, got {tuple(residual.shape)}")
@@ -469,27 +322,9 @@ class FTWTConv2d(ZooModel):
         )
 
 
-def _heat(out: Tensor) -> Tensor:
-    if out.ndim != 4:
-        raise ValueError(f"out: expected (B, C, H, W), got {tuple(out.shape)}")
-    return out.detach().abs().amax((-2, -1)).to(torch.promote_types(out.dtype, torch.float32))
-
-
 def _live(x: Tensor) -> Tensor:
     """The channels of each image that are not zero everywhere, `(B, C)`, bool."""
     return (x != 0).flatten(-2).any(-1)
-
-
-def _check_images(x: Tensor, channels: int) -> None:
-    if x.ndim != 4 or x.shape[1] != channels:
-        raise ValueError(f"x: expected (B, {channels}, H, W), got {tuple(x.shape)}")
-
-
-def _check_threshold(name: str, criterion: str, value: float) -> None:
-    if criterion == "mass" and not value <= 1:
-        raise ValueError(f"{name}: expected at most 1, got {value}")
-    if criterion == "uniform" and not 0 <= value < 1:
-        raise ValueError(f"{name}: expected a number in [0, 1), got {value}")
 
 
 def _choice(name: str, value: str, known: tuple[str, ...]) -> None:

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from torchzoo import peers
 from torchzoo.hub import ZooModel
+from torchzoo.ops import bounded_relu
 from torchzoo.registry import Comparison, Example, register
 from torchzoo.sparsity.ffn import SparseFFN, on_hidden
 from torchzoo.sparsity.hosts import find_ffns
@@ -74,7 +75,7 @@ def fatrelu(x: Tensor, threshold: float | Tensor = 0.01) -> Tensor:
     """
     if not isinstance(threshold, Tensor) and not threshold >= 0:
         raise ValueError(f"threshold: expected a number >= 0, got {threshold}")
-    return torch.where(x <= threshold, 0.0, x)
+    return bounded_relu(x, threshold, kind="above")
 
 
 @register(

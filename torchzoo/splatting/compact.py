@@ -21,19 +21,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from torchzoo import ops, peers
 from torchzoo.common.quantize import ResidualVQ
-from torchzoo.files import atomic_path
 from torchzoo.registry import Comparison, Example, register
-from torchzoo.splatting import compact_file
+from torchzoo.splatting import compact_storage
 from torchzoo.splatting.cameras import Cameras
-from torchzoo.splatting.compact_color import HashGridColor, harmonics
-from torchzoo.splatting.compact_mask import hard_mask
-from torchzoo.splatting.rotations import quat_to_matrix
+from torchzoo.splatting.compact_color import HashGridColor, fitted_harmonics
+from torchzoo.splatting.compact_geometry import CompactGeometry
 from torchzoo.splatting.scene import SH_C0, GaussianScene
 
 if TYPE_CHECKING:
@@ -42,10 +38,6 @@ if TYPE_CHECKING:
 __all__ = ["Compact3DGS"]
 
 UNIT_BOX = ((-1.0, -1.0, -1.0), (1.0, 1.0, 1.0))
-HASH_PRUNE = 0.1
-"""Values of the table up to this size become 0 in an entropy-coded file."""
-_DIRECTIONS = 256
-"""Directions a baked colour is fitted in."""
 
 
 def _scene_example() -> Example:
@@ -88,7 +80,7 @@ def _scene_example() -> Example:
         ("GaussianScene",),
     ),
 )
-class Compact3DGS(GaussianScene):
+class Compact3DGS(CompactGeometry, GaussianScene):
     """A scene of Gaussians with a learned mask, colours of a field, and geometry from codebooks.
 
     Trained by `SplatTrainer` with `CompactStrategy`, which penalises masks that are open, removes
@@ -146,11 +138,6 @@ class Compact3DGS(GaussianScene):
         >>> sizes["means"], sizes["scale_codes"], again.num_gaussians
         (300, 225, 50)
     """
-
-    mask_logits: nn.Parameter
-    scale_codes: nn.Parameter
-    rotation_codes: nn.Parameter
-    frozen = False
 
     def __init__(
         self,
@@ -244,64 +231,6 @@ class Compact3DGS(GaussianScene):
             scene.get_parameter(name).data.copy_(start.get_parameter(name))
         return scene
 
-    @property
-    def use_vq(self) -> bool:
-        """Whether scales and rotations are those of the codebooks."""
-        return self._use_vq or self.frozen
-
-    @use_vq.setter
-    def use_vq(self, active: bool) -> None:
-        self._use_vq = active
-        if "use_vq" in self._zoo_config:
-            self._zoo_config["use_vq"] = active
-
-    @property
-    def mask(self) -> Tensor:
-        """Zeros and ones with the gradient of the sigmoid, `(N,)`; ones if frozen."""
-        if self.frozen:
-            return torch.ones_like(self.opacity_logits)
-        return hard_mask(self.mask_logits, self.mask_threshold)
-
-    @property
-    def kept(self) -> Tensor:
-        """Which splats' masks are open, `(N,)` bool."""
-        return self.mask.detach() > 0
-
-    @property
-    def scales(self) -> Tensor:
-        """Standard deviations along the axes `(N, 3)`, 0 where the mask is."""
-        return self._scales(self.use_vq)
-
-    @property
-    def opacities(self) -> Tensor:
-        """Opacities between 0 and 1, `(N,)`, 0 where the mask is."""
-        return self.opacity_logits.sigmoid() * self.mask
-
-    @property
-    def unit_quats(self) -> Tensor:
-        """Rotations as quaternions of length one, `(N, 4)`."""
-        return self._unit_quats(self.use_vq)
-
-    def _scales(self, use_vq: bool) -> Tensor:
-        if self.frozen:
-            return self.scale_vq.decode(self.scale_codes).abs()
-        scales = self.log_scales.exp()
-        if use_vq:
-            scales = self.scale_vq(scales)[0].abs()
-        return scales * self.mask[:, None]
-
-    def _unit_quats(self, use_vq: bool) -> Tensor:
-        if self.frozen:
-            return F.normalize(self.rotation_vq.decode(self.rotation_codes), dim=-1)
-        if not use_vq:
-            return F.normalize(self.quats, dim=-1)
-        return F.normalize(self.rotation_vq(_upper(self.quats))[0], dim=-1)
-
-    def covariances(self) -> Tensor:
-        """`R diag(s^2) R^T`, `(N, 3, 3)`."""
-        half = quat_to_matrix(self.unit_quats) * self.scales[:, None]
-        return half @ half.mT
-
     def colors(self, cameras: Cameras) -> Tensor:
         """Colours of the splats as cameras see them, `(C, N, 3)`."""
         if cameras.camera_model == "orthographic":
@@ -350,28 +279,6 @@ class Compact3DGS(GaussianScene):
         return ops.rasterize(**splats | seen | options)
 
     @torch.no_grad()
-    def start_vq(self, *, generator: torch.Generator | None = None) -> None:
-        """Fit the codebooks to the splats that are kept, and quantise from now on.
-
-        Raises:
-            ValueError: No splat is kept.
-        """
-        for codebooks, values in self._geometry():
-            codebooks.init_kmeans(values, generator=generator)
-        self.use_vq = True
-
-    def codebook_loss(self) -> Tensor:
-        """The loss that the codebooks learn from, over the splats that are kept."""
-        losses = [codebooks(values)[2] for codebooks, values in self._geometry()]
-        return losses[0] + losses[1]
-
-    def _geometry(self) -> list[tuple[ResidualVQ, Tensor]]:
-        """Codebooks and what they stand for, without gradient and without masked rows."""
-        kept = self.kept
-        scales, quats = self.log_scales.detach().exp(), _upper(self.quats.detach())
-        return [(self.scale_vq, scales[kept]), (self.rotation_vq, quats[kept])]
-
-    @torch.no_grad()
     def finalize(self) -> Compact3DGS:
         """The scene as it is stored: without masked splats, with codes in place of geometry.
 
@@ -381,53 +288,15 @@ class Compact3DGS(GaussianScene):
             ValueError: No splat is left, and codebooks have not begun.
         """
         if self.frozen:
-            return self._frozen(torch.arange(self.num_gaussians, device=self.means.device), None)
+            rows = torch.arange(self.num_gaussians, device=self.means.device)
+            return compact_storage.frozen(self, rows)
         if not self.use_vq:
-            source = type(self)(**self._options(frozen=False))
+            source = type(self)(**compact_storage.options_of(self, frozen=False))
             source.load_state_dict(self.state_dict())
             source.start_vq(generator=torch.Generator(self.means.device).manual_seed(0))
             return source.finalize()
         codes = [codebooks.encode(values) for codebooks, values in self._geometry()]
-        return self._frozen(self.kept, codes)
-
-    def _frozen(self, rows: Tensor, codes: list[Tensor] | None) -> Compact3DGS:
-        """A frozen scene of some rows; None stands for the codes these have."""
-        if codes is None:
-            codes = [self.scale_codes[rows], self.rotation_codes[rows]]
-        values = {"scale_codes": codes[0], "rotation_codes": codes[1]}
-        values |= {"means": self.means[rows], "opacity_logits": self.opacity_logits[rows]}
-        scene = Compact3DGS(**self._options(frozen=True) | {"num_gaussians": len(codes[0])})
-        for name, value in values.items():
-            scene.get_parameter(name).data.copy_(value)
-        for name in ("color", "scale_vq", "rotation_vq"):
-            scene.get_submodule(name).load_state_dict(self.get_submodule(name).state_dict())
-        return scene.train(self.training)
-
-    def _options(self, *, frozen: bool) -> dict[str, Any]:
-        """Constructor arguments of a scene like this one."""
-        grid = self.color.grid
-        return {
-            "num_gaussians": self.num_gaussians,
-            "aabb": self.color.box,
-            "image_size": self.image_size,
-            "field": {
-                "levels": grid.levels,
-                "features": grid.features,
-                "log2_table": grid.log2_table,
-                "base": grid.base,
-                "growth": grid.growth,
-                "hidden": self.color.hidden,
-                "layers": self.color.layers,
-            },
-            "codebook_size": self.scale_vq.codebook_size,
-            "stages": self.scale_vq.stages,
-            "mask_threshold": self.mask_threshold,
-            "mask_init": self.mask_init,
-            "use_vq": self.use_vq,
-            "frozen": frozen,
-            "device": self.means.device,
-            "dtype": self.means.dtype,
-        }
+        return compact_storage.frozen(self, self.kept, codes)
 
     @torch.no_grad()
     def save(self, path: str | Path, huffman: bool = False) -> dict[str, int]:
@@ -445,26 +314,7 @@ class Compact3DGS(GaussianScene):
         Raises:
             TorchzooError: The file can't be written.
         """
-        scene = self.finalize()
-        scene = scene._frozen(compact_file.morton_order(scene.means), None)
-        values = {
-            "means": scene.means,
-            "opacities": scene.opacities,
-            "scale_codes": scene.scale_codes,
-            "rotation_codes": scene.rotation_codes,
-            "codebooks": _vector([scene.scale_vq, scene.rotation_vq]),
-            "grid": scene.color.grid.table,
-            "mlp": _vector([scene.color.mlp]),
-        }
-        coders = compact_file.coders(huffman, scene.scale_vq.codebook_size, HASH_PRUNE)
-        parts = {name: coders[name][0](value) for name, value in values.items()}
-        options = scene._options(frozen=True)
-        header = {"huffman": huffman, **{k: v for k, v in options.items() if k not in _UNSAVED}}
-        data = compact_file.write_parts(header, parts)
-        with atomic_path(path) as part:
-            part.write_bytes(data)
-        sizes = {name: len(coded) for name, coded in parts.items()}
-        return {"header": len(data) - sum(sizes.values()), **sizes}
+        return compact_storage.write(path, self.finalize(), huffman)
 
     @classmethod
     @torch.no_grad()
@@ -475,11 +325,7 @@ class Compact3DGS(GaussianScene):
             ValueError: It is no such file, or damaged; the message has the path.
             OSError: The file can't be read.
         """
-        data = Path(path).read_bytes()
-        try:
-            return _from_parts(*compact_file.read_parts(data))
-        except (ValueError, TypeError, KeyError) as error:
-            raise ValueError(f"{path}: {error}") from None
+        return compact_storage.read(path, cls)
 
     @torch.no_grad()
     def bake(self) -> GaussianScene:
@@ -488,21 +334,14 @@ class Compact3DGS(GaussianScene):
         The harmonics of a splat are fitted by least squares to its coefficients in directions
         spread evenly over the sphere.
         """
-        steps = torch.arange(_DIRECTIONS, device=self.means.device, dtype=torch.float64)
-        z = 1 - (2 * steps + 1) / _DIRECTIONS
-        angle = steps * (math.pi * (3 - math.sqrt(5)))
-        flat = (1 - z.square()).sqrt()
-        dirs = torch.stack([flat * angle.cos(), flat * angle.sin(), z], -1)
-        solve = torch.linalg.pinv(harmonics(3, dirs)).to(self.means.dtype)
-        kept, sh = self.kept, self.means.new_zeros(self.num_gaussians, 16, 3)
-        for weights, direction in zip(solve.T, dirs.to(self.means.dtype), strict=True):
-            sh += weights[:, None] * self.color.coefficients(self.means, direction)[:, None]
+        kept = self.kept
+        sh = fitted_harmonics(self.color, self.means[kept])
         return GaussianScene.from_tensors(
             self.means[kept],
             self.unit_quats[kept],
             self.scales[kept].clamp_min(1e-12).log(),
             self.opacity_logits[kept],
-            SH_C0 * sh[kept],
+            SH_C0 * sh,
             image_size=self.image_size,
         )
 
@@ -510,55 +349,3 @@ class Compact3DGS(GaussianScene):
         """What `print` shows."""
         state = "frozen" if self.frozen else f"use_vq={self.use_vq}"
         return f"{self.num_gaussians}, image_size={self.image_size}, {state}"
-
-
-_UNSAVED = ("device", "dtype", "mask_init", "mask_threshold", "frozen", "use_vq")
-
-
-def _upper(quats: Tensor) -> Tensor:
-    """Unit quaternions of the same rotations with w from 0."""
-    quats = F.normalize(quats, dim=-1)
-    return torch.where(quats[:, :1] < 0, -quats, quats)
-
-
-def _vector(modules: Sequence[nn.Module]) -> Tensor:
-    return parameters_to_vector([p for module in modules for p in module.parameters()])
-
-
-def _from_parts(header: Mapping[str, Any], parts: Mapping[str, bytes]) -> Compact3DGS:
-    """The scene of a file; its sizes are checked before there is memory for them."""
-    options = dict(header)
-    huffman = options.pop("huffman")
-    with torch.device("meta"):
-        plan = Compact3DGS(**options, frozen=True)
-    modules: dict[str, list[nn.Module]] = {
-        "codebooks": [plan.scale_vq, plan.rotation_vq],
-        "mlp": [plan.color.mlp],
-    }
-    counts = {
-        "means": plan.means.numel(),
-        "opacities": plan.num_gaussians,
-        "scale_codes": plan.scale_codes.numel(),
-        "rotation_codes": plan.rotation_codes.numel(),
-        "codebooks": sum(p.numel() for m in modules["codebooks"] for p in m.parameters()),
-        "grid": plan.color.grid.table.numel(),
-        "mlp": sum(p.numel() for p in plan.color.mlp.parameters()),
-    }
-    if parts.keys() != counts.keys():
-        raise ValueError(f"parts: got {sorted(parts)}, expected {sorted(counts)}")
-    coders = compact_file.coders(huffman, plan.scale_vq.codebook_size, HASH_PRUNE)
-    found = {name: coders[name][1](parts[name], count) for name, count in counts.items()}
-    scene = Compact3DGS(**options, frozen=True)
-    opacities = found["opacities"].clamp(0, 1)
-    for parameter, value in (
-        (scene.means, found["means"]),
-        (scene.opacity_logits, opacities.logit(eps=1e-6)),
-        (scene.scale_codes, found["scale_codes"]),
-        (scene.rotation_codes, found["rotation_codes"]),
-        (scene.color.grid.table, found["grid"]),
-    ):
-        parameter.data.copy_(value.reshape(parameter.shape))
-    books = [*scene.scale_vq.parameters(), *scene.rotation_vq.parameters()]
-    vector_to_parameters(found["codebooks"], books)
-    vector_to_parameters(found["mlp"], scene.color.mlp.parameters())
-    return scene

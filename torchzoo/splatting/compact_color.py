@@ -18,7 +18,10 @@ from torchzoo.hub import ZooModel
 from torchzoo.registry import Example, register
 from torchzoo.splatting.scene import SH_C0
 
-__all__ = ["HashGridColor", "box_of", "contract", "harmonics"]
+__all__ = ["HashGridColor", "box_of", "contract", "fitted_harmonics", "harmonics"]
+
+_DIRECTIONS = 256
+"""Directions in which harmonics are fitted."""
 
 
 def contract(points: Tensor, aabb: Tensor) -> Tensor:
@@ -197,3 +200,21 @@ def harmonics(degree: int, dirs: Tensor) -> Tensor:
     chosen = F.pad(torch.eye(count, device=dirs.device, dtype=dirs.dtype), (0, -count % 3))
     triples = rearrange(chosen, "k (g c) -> g k c", c=3)  # the operator sums three at a time
     return ops.spherical_harmonics(degree, dirs[..., None, :], triples).flatten(-2)[..., :count]
+
+
+@torch.no_grad()
+def fitted_harmonics(color: HashGridColor, means: Tensor) -> Tensor:
+    """Harmonics of degree 3 that come nearest to a field's coefficients, `(N, 16, 3)`.
+
+    By least squares over directions that are spread evenly over the sphere.
+    """
+    steps = torch.arange(_DIRECTIONS, device=means.device, dtype=torch.float64)
+    z = 1 - (2 * steps + 1) / _DIRECTIONS
+    angle = steps * (math.pi * (3 - math.sqrt(5)))
+    flat = (1 - z.square()).sqrt()
+    dirs = torch.stack([flat * angle.cos(), flat * angle.sin(), z], -1)
+    solve = torch.linalg.pinv(harmonics(3, dirs)).to(means.dtype)
+    found = means.new_zeros(len(means), 16, 3)
+    for weights, direction in zip(solve.T, dirs.to(means.dtype), strict=True):
+        found += weights[:, None] * color.coefficients(means, direction)[:, None]
+    return found

@@ -21,10 +21,9 @@ last pixels none; `padding="none"` leaves the padding out.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor
 
+from torchzoo import ops
 from torchzoo.hub import ZooModel
 from torchzoo.registry import Comparison, Example, register
 
@@ -100,22 +99,17 @@ def s3im(
         indices = draw_indices(size, repeat, device=src.device, generator=generator)
     elif indices.shape != (repeat * size,):
         raise ValueError(f"indices: got {tuple(indices.shape)}, expected ({repeat * size},)")
-    windows = _windows(indices.view(patch_height, -1), size, kernel_size, stride, padding)
-
-    dtype = torch.promote_types(torch.promote_types(src.dtype, tar.dtype), torch.float32)
-    pixels = F.pad(torch.stack([src.to(dtype), tar.to(dtype)], 1), (0, 0, 0, 0, 0, 1))
-    groups = pixels[windows]  # (windows, K K, 2, C)
-    weights = _weights(kernel_size, sigma, groups)
-    means = torch.einsum("k, n k s c -> n s c", weights, groups)
-    # Moments about the mean: their sum is what the differences of raw moments lose digits on.
-    offsets = groups - means[:, None]
-    x, y = offsets.unbind(2)
-    mx, my = means.unbind(1)
-    spread = torch.einsum("k, n k s c -> n c", weights, offsets.square())
-    covariance = torch.einsum("k, n k c -> n c", weights, x * y)
-    c1, c2 = (0.01 * data_range) ** 2, (0.03 * data_range) ** 2
-    luminance = (2 * mx * my + c1) / (mx * mx + my * my + c1)
-    return 1 - (luminance * (2 * covariance + c2) / (spread + c2)).mean()
+    similarity = ops.s3im_groups(
+        src,
+        tar,
+        indices.reshape(patch_height, -1),
+        kernel_size=kernel_size,
+        stride=stride,
+        margin=(kernel_size - 1) // 2 if padding == "reference" else 0,
+        sigma=sigma,
+        data_range=data_range,
+    )
+    return 1 - similarity.mean()
 
 
 def draw_indices(
@@ -264,21 +258,6 @@ class S3IMLoss(ZooModel):
             f"kernel_size={self.kernel_size}, stride={self.stride}, repeat={self.repeat}, "
             f"patch={self.patch_height}x{self.patch_width}, padding={self.padding!r}"
         )
-
-
-def _windows(image: Tensor, blank: int, kernel_size: int, stride: int, padding: str) -> Tensor:
-    """The pixels of each window, `(windows, K K)`; beyond the image is pixel `blank`."""
-    margin = (kernel_size - 1) // 2 if padding == "reference" else 0
-    image = F.pad(image, (margin,) * 4, value=blank)
-    windows = image.unfold(0, kernel_size, stride).unfold(1, kernel_size, stride)
-    return rearrange(windows, "a b i j -> (a b) (i j)")
-
-
-def _weights(kernel_size: int, sigma: float, like: Tensor) -> Tensor:
-    """Gaussian weights of a window's pixels, `(K K,)`, of sum 1."""
-    offset = torch.arange(kernel_size, dtype=like.dtype, device=like.device) - kernel_size // 2
-    one = torch.softmax(-offset.square() / (2 * sigma**2), 0)
-    return torch.outer(one, one).flatten()
 
 
 def _check_pixels(src: Tensor, tar: Tensor) -> None:

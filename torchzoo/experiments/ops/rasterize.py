@@ -1,14 +1,17 @@
-"""`rasterize` against its tensor formulation, a matrix product, and its own inner loop at its best.
+"""`rasterize` against its tensor formulation, a product, itself, and its inner loop at its best.
 
 Splats fill the image: standard deviations of about 3 pixels, each pixel behind some 40 of them. A
-case "forward" is a whole rendering, colours by spherical harmonics of degree 3 included; a case
-"training" renders and takes the gradients of all that a scene is made of. The peers are
+"forward" is a whole rendering, colours by spherical harmonics of degree 3 included; "training"
+renders and takes the gradients of all that a scene is made of; "compositing" is `splat_raster`
+alone. Each case has one peer:
 
-- `reference`: the same operators as their tensor formulations, where these end in time;
+- `reference`: the same operators as their tensor formulations;
 - `product`: one float32 product of 2048 x 2048 matrices, as a yardstick for the machine;
-- `forward`: the rendering alone, beside the training step;
-- `dense`: for the compositing alone, as many pairs of a pixel and a splat as were blended, but in
-  tiles that their splats cover whole and with lists that stay in cache.
+- `forward`: a rendering that keeps what gradients need, beside the gradients alone;
+- `one thread`: the same on one thread, beside all threads;
+- `dense`: as many pairs of a pixel and a splat as were blended, but in tiles that their splats
+  cover whole and with lists that stay in cache. This is how fast the machine evaluates pairs at
+  the most, so that the ratio is the share of that peak that compositing reaches.
 """
 
 from __future__ import annotations
@@ -77,7 +80,8 @@ def step(scene: Scene, size: int, upstream: Tensor) -> tuple[Tensor, ...]:
     return torch.autograd.grad(image, leaves, upstream)
 
 
-def _body(op: Any) -> Callable[..., Any]:
+def formulation(op: Any) -> Callable[..., Any]:
+    """A custom operator's tensor formulation."""
     body: Callable[..., Any] = op._init_fn
     return body
 
@@ -85,21 +89,25 @@ def _body(op: Any) -> Callable[..., Any]:
 def reference(scene: Scene, size: int) -> Tensor:
     """The image, by the operators' tensor formulations."""
     means, quats, scales, opacities, sh, viewmat, K = scene
-    radii, means2d, depths, conics, _, _ = _body(_splat_project.splat_project)(
+    radii, means2d, depths, conics, _, _ = formulation(_splat_project.splat_project)(
         *(means, quats, scales, opacities[None], None, viewmat, K, size, size),
         *(0, 0, 0.3, 0.01, 1e10, 0.0, ALPHA_MIN, False, False),
     )
-    colours = (_body(splat_sh)(3, means, sh) + 0.5).relu()[None]
+    colours = (formulation(splat_sh)(3, means, sh) + 0.5).relu()[None]
     grid = (size, size, TILE, 0, 1.0, ALPHA_MIN)
     shown = (means2d, conics, opacities[None])
-    lists = _body(_splat_raster.splat_intersect)(
+    lists = formulation(_splat_raster.splat_intersect)(
         means2d, radii, depths, conics, opacities[None], None, *grid, False
     )
-    out = _body(_splat_raster.splat_raster)(
+    out = formulation(_splat_raster.splat_raster)(
         *shown, colours, None, None, None, *lists, *grid, ALPHA_MAX, T_STOP, False
     )
     image: Tensor = out[0]
     return image
+
+
+def _upstream(size: int, device: torch.device) -> Tensor:
+    return torch.randn(1, size, size, 3, generator=torch.Generator().manual_seed(1)).to(device)
 
 
 def _product(device: torch.device) -> Callable[[], Tensor]:
@@ -108,27 +116,39 @@ def _product(device: torch.device) -> Callable[[], Tensor]:
 
 
 def rendering(
-    device: torch.device, count: int, size: int, peers: tuple[str, ...]
+    device: torch.device, count: int, size: int, peer: str
 ) -> Mapping[str, Callable[[], Any]]:
-    """A forward pass and its peers."""
+    """A pass forward, and its tensor formulation or a product."""
     scene = make_scene(count, size, device)
-    calls: dict[str, Callable[[], Any]] = {
-        OURS: partial(render, scene, size),
-        "reference": partial(reference, scene, size),
-        "product": _product(device),
-    }
-    return {name: call for name, call in calls.items() if name in (OURS, *peers)}
+    other = partial(reference, scene, size) if peer == "reference" else _product(device)
+    return {OURS: partial(render, scene, size), peer: other}
 
 
-def training(device: torch.device, count: int, size: int) -> Mapping[str, Callable[[], Any]]:
-    """A pass forward and back, a product, and the pass forward."""
+def training(
+    device: torch.device, count: int, size: int, peer: str
+) -> Mapping[str, Callable[[], Any]]:
+    """A pass forward and back, and the same on one thread or a product."""
     scene = make_scene(count, size, device)
-    upstream = torch.randn(1, size, size, 3, generator=torch.Generator().manual_seed(1)).to(device)
-    return {
-        OURS: partial(step, scene, size, upstream),
-        "product": _product(device),
-        "forward": partial(render, scene, size),
-    }
+    ours = partial(step, scene, size, _upstream(size, device))
+
+    def alone() -> Any:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            return ours()
+        finally:
+            torch.set_num_threads(threads)
+
+    return {OURS: ours, peer: alone if peer == "one thread" else _product(device)}
+
+
+def backward(device: torch.device, count: int, size: int) -> Mapping[str, Callable[[], Any]]:
+    """A pass back, and the pass forward."""
+    scene = make_scene(count, size, device)
+    leaves = [x.requires_grad_() for x in scene[:5]]
+    forward = partial(render, scene, size)
+    pull = partial(torch.autograd.grad, forward(), leaves, _upstream(size, device))
+    return {OURS: partial(pull, retain_graph=True), "forward": forward}
 
 
 def compositing(device: torch.device, count: int, size: int) -> Mapping[str, Callable[[], Any]]:
@@ -188,29 +208,46 @@ def _pairs(
     return found
 
 
-def _cases() -> list[Case]:
-    cases = []
-    for count, size, peers, bar, against in (
-        (2_000, 64, ("reference", "product"), None, None),
-        (10_000, 256, ("reference", "product"), 50.0, "reference"),
-        (100_000, 800, ("product",), 1 / 1.5, "product"),
-    ):
-        name = f"{count:,} splats, {size} x {size}"
-        pairs, pixels = 250.0 * count, float(size * size)
-        moved = 4.0 * (count * 59 + pixels * 6)
-        make = partial(rendering, count=count, size=size, peers=peers)
-        cases.append(Case(f"forward {name}", make, 30 * pairs, moved, pixels, bar, against))
-        make = partial(training, count=count, size=size)
-        least = 1 / 6 if size == 800 else None
-        cases.append(
-            Case(f"training {name}", make, 80 * pairs, 3 * moved, pixels, least, "product")
-        )
-    for count, size in ((10_000, 256), (100_000, 800)):
-        name = f"compositing {count:,} splats, {size} x {size}"
-        make = partial(compositing, count=count, size=size)
-        work, moved = 7500.0 * count, 4.0 * (count * 9 + size * size * 6)
-        cases.append(Case(name, make, work, moved, float(size * size), 0.2, "dense"))
-    return cases
+def _case(
+    what: str, peer: str, sizes: tuple[int, int], bar: float | None, rounds: int | None = None
+) -> Case:
+    count, size = sizes
+    makers: dict[str, Callable[..., Mapping[str, Callable[[], Any]]]] = {
+        "forward": partial(rendering, peer=peer),
+        "training": partial(training, peer=peer),
+        "backward": backward,
+        "compositing": compositing,
+    }
+    each = {"forward": 30, "training": 80, "backward": 50, "compositing": 30}[what]
+    passes = {"forward": 1, "training": 3, "backward": 2, "compositing": 1}[what]
+    numbers = 9 if what == "compositing" else 59  # of a splat
+    return Case(
+        f"{what} against {peer}, {count:,} splats, {size} x {size}",
+        partial(makers[what], count=count, size=size),
+        each * 250.0 * count,  # a splat is seen by some 250 pixels
+        4.0 * passes * (numbers * count + 6 * size**2),
+        float(size**2),
+        bar,
+        peer,
+        rounds,
+    )
 
 
-BENCH = Bench("rasterize", _cases())
+SMALL, MEDIUM, LARGE = (2_000, 64), (10_000, 256), (100_000, 800)
+BENCH = Bench(
+    "rasterize",
+    [
+        _case("forward", "reference", SMALL, None),
+        _case("forward", "reference", MEDIUM, 50.0),
+        _case("forward", "reference", LARGE, 50.0, 3),
+        _case("forward", "product", LARGE, 1 / 1.5),
+        _case("training", "product", SMALL, None),
+        _case("training", "product", LARGE, 1 / 6),
+        _case("backward", "forward", MEDIUM, 1 / 3),
+        _case("backward", "forward", LARGE, 1 / 3),
+        _case("training", "one thread", MEDIUM, 1.7),
+        _case("training", "one thread", LARGE, 1.7),
+        _case("compositing", "dense", MEDIUM, 0.2),
+        _case("compositing", "dense", LARGE, 0.2),
+    ],
+)
