@@ -123,6 +123,14 @@ def test_smoothed_mean_is_the_expectation():
     assert smoothed_mean(model, torch.zeros(2, 3), sigma=1e-6, num_samples=3).shape == (2, 2)
 
 
+def test_votes_are_of_outputs_above_a_half():
+    """The votes of soft half-spaces are those of hard ones, whose mean has a closed form."""
+    x = points(3, 4)
+    draw = {"sigma": SIGMA, "num_samples": 40_000, "output": "vote"}
+    found = smoothed_mean(Linear(True), x, **draw, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(found.float(), Linear(False).smoothed(x), rtol=0, atol=0.01)
+
+
 @pytest.mark.parametrize("n", [1, 20, 1000])
 def test_vote_interval_is_clopper_pearson(n):
     counts = torch.tensor([0, n // 3, n])
@@ -162,6 +170,7 @@ def test_certified_coverage_is_one_sided():
     assert binom.sf(44, 50, found) == pytest.approx(0.02, rel=1e-6)
     assert certified_coverage(covered, beta=0.02, loss=0.016) == pytest.approx(found - 0.016)
     assert certified_coverage(torch.zeros(5, dtype=torch.bool)) == 0
+    assert certified_coverage(covered, beta=0.5, loss=0.1) == pytest.approx(0.8)  # no interval
 
 
 @pytest.mark.parametrize(

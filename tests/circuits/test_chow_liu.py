@@ -93,6 +93,24 @@ def test_gaussian_information_is_that_of_the_correlation():
     assert edges(chow_liu_tree(x, num_categories=None)) == {frozenset((0, 1)), frozenset((1, 2))}
 
 
+def test_the_root_is_the_centre_and_not_the_median():
+    """A path of nodes 0 to 6, from whose end hang five more: most nodes are near that end."""
+    weight = torch.zeros(12, 12)
+    for i, j in [(k, k + 1) for k in range(6)] + [(6, k) for k in range(7, 12)]:
+        weight[i, j] = weight[j, i] = 1.0
+    parent = maximum_spanning_tree(weight)
+    assert parent.tolist().index(-1) == 3  # 3 and 4 are four steps from the ends; the first one
+    assert parent.tolist()[6:] == [5, 6, 6, 6, 6, 6]
+
+
+def test_constant_columns_say_nothing():
+    x = torch.randn(50, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x[:, 1] = 2.0
+    found = mutual_information(x, num_categories=None)
+    assert (found[1, ::2] == 0).all()
+    assert len(edges(chow_liu_tree(x, num_categories=None))) == 2
+
+
 def test_ties_and_zero_weights_still_span():
     parent = maximum_spanning_tree(torch.zeros(5, 5))
     assert len(edges(parent)) == 4

@@ -159,7 +159,7 @@ def test_bytes_on_every_backend(trained, monkeypatch):
             found.append(codec.encode(x))
     finally:
         torch.set_num_threads(before)
-    from torchzoo.circuits import compression
+    from torchzoo.circuits import blocks
 
     for name in ("rans_encode", "rans_decode", "rans_tables"):
         monkeypatch.setattr(_rans, name, getattr(_rans, name)._init_fn)
@@ -167,7 +167,7 @@ def test_bytes_on_every_backend(trained, monkeypatch):
 
     reference = sys.modules[ordered_matmul.__module__]._ordered_matmul._init_fn
     monkeypatch.setattr(
-        compression, "ordered_matmul", lambda a, b: reference(a.contiguous(), b.contiguous())
+        blocks, "ordered_matmul", lambda a, b: reference(a.contiguous(), b.contiguous())
     )
     found.append(codec.encode(x))
     assert found[0] == found[1] == found[2]
@@ -320,15 +320,15 @@ def test_a_stream_with_something_left_over(trained, monkeypatch):
     """A payload whose checksum fits, but that no encoder made."""
     made, x = trained
     codec = CircuitCodec(made, block_size=100)
-    from torchzoo.circuits import compression
+    from torchzoo.circuits import blocks
 
-    honest = compression.encode_streams
+    honest = blocks.encode_streams
 
     def longer(*args):
         streams, counts = honest(*args)
         return [streams[0], streams[1] + bytes(4)], counts
 
-    monkeypatch.setattr(compression, "encode_streams", longer)
+    monkeypatch.setattr(blocks, "encode_streams", longer)
     with pytest.raises(ValueError, match="block 1 does not decode with this model"):
         codec.decode(codec.encode(x))
 

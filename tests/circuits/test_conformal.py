@@ -275,6 +275,13 @@ def test_pruning_drops_what_attributes_rule_out():
     lo = torch.tensor([[0.4, 0.4, 0.6], [0.4, 0.4, 0.8]])
     labels = torch.tensor([[1, 0, 1], [1, 0, 1]])
     assert made.covered(lo, lo + 0.1, labels).tolist() == [False, True]
+    absent = torch.tensor([[0.4, 0.4, 0.1], [0.4, 0.4, 0.2], [0.4, 0.4, 0.25]])
+    labels = torch.tensor([[0, 1, 0]]).expand(3, -1)  # 0.3 and more of attribute 2 is too much
+    assert made.covered(absent, absent + 0.08, labels).tolist() == [True, True, False]
+    lo = torch.tensor([[0.4, 0.4, 0.1], [0.4, 0.4, 0.8], [0.4, 0.4, 0.1]])
+    hi = torch.tensor([[0.6, 0.6, 0.2], [0.6, 0.6, 0.9], [0.6, 0.6, 0.6]])
+    certified = made.predict_certified(lo, hi)
+    assert certified.tolist() == [[False, True], [True, False], [False, True]]
 
 
 def test_mixture_reasons_too():

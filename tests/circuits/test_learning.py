@@ -203,6 +203,12 @@ def test_step_sizes_follow_the_schedule(monkeypatch):
     assert steps == [1.0, 1.0]
 
 
+def test_an_epoch_counts_samples_and_not_batches():
+    circuit, x = make(GRAPHS["hclt"]), data()
+    history = em_fit(circuit, x, epochs=1, batch_size=150, step_size=(1e-9, 1e-9))
+    assert history[0] == pytest.approx(circuit.log_prob(x).mean().item(), abs=1e-6)
+
+
 def test_identical_units_never_part():
     circuit, x = make(balanced(4)), data()
     with torch.no_grad():

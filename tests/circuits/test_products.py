@@ -150,6 +150,8 @@ def test_queries_without_an_exact_answer_are_refused():
     estimate, error = p.entropy_mc(4000, generator=torch.Generator().manual_seed(0))
     a = p.log_prob(STATES)
     assert (estimate + (a.exp() * a).sum()).abs() < 4 * error
+    spread = ((a.exp() * a.square()).sum() - (a.exp() * a).sum().square()).sqrt()
+    assert error.item() == pytest.approx(spread.item() / math.sqrt(4000), rel=0.1)
     for other, message in (
         (make(GRAPHS["balanced"]), "q: got another region graph"),
         (make(GRAPHS["hclt"].binarized(), sum_="tucker"), "q: got"),
@@ -250,3 +252,25 @@ def test_growing_without_noise_changes_nothing_and_with_noise_parts_copies(optio
             call()
     with pytest.raises(ValueError, match="fraction: got 1"):
         prune(circuit, STATES, fraction=1.0)
+
+
+def test_a_sum_without_flow_keeps_its_largest_weight():
+    circuit = make(GRAPHS["hclt"])
+    with torch.no_grad():  # the root's second state is never used: sums given it have no flow
+        circuit.layers[-1].log_weight[..., 1] = -torch.inf
+        for layer in circuit.layers[:-1]:
+            layer.log_weight[:, :, 2] += 9.0
+    prune(circuit, STATES[:50], fraction=0.95)
+    for layer in circuit.layers[:-1]:
+        assert (layer.log_weight[:, 1, 2] > -torch.inf).all()
+
+
+@torch.no_grad()
+def test_noise_of_growing_multiplies_weights():
+    circuit = make(GRAPHS["hclt"], num_units=8)
+    larger = grow(circuit, noise=0.2, generator=torch.Generator().manual_seed(0))
+    for layer, new in zip(circuit.layers[:-1], larger.layers, strict=False):
+        old = layer.log_weight.repeat_interleave(2, 1).repeat_interleave(2, 2)
+        factor = (new.log_weight - old).exp()
+        assert factor.mean().item() == pytest.approx(1, abs=0.05)
+        assert factor.std().item() == pytest.approx(0.2, abs=0.04)

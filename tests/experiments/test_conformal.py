@@ -4,9 +4,11 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
-from torchzoo.circuits import KnowledgeCircuit
+from torchzoo.circuits import KnowledgeCircuit, ball_bounds
 from torchzoo.experiment import Measurement, reproduce
+from torchzoo.experiments.circuits import certified_sets as sets
 from torchzoo.experiments.circuits import conformal as unit
+from torchzoo.experiments.circuits import detectors
 
 
 def test_smoke_run():
@@ -20,10 +22,10 @@ def test_smoke_run():
 
 
 def test_rules_say_what_attributes_hold():
-    table = unit.attribute_table()
+    table = detectors.attribute_table()
     assert len({tuple(row) for row in table.tolist()}) == 10
     assert table[8].tolist() == [True, True, True, False, True, False]
-    found = unit.rules(1.0)
+    found = detectors.rules(1.0)
     assert len(found) == 60
     assert (8, 10, 1.0) in found
     assert (8, ~13, 1.0) in found
@@ -33,24 +35,24 @@ def test_sets_of_a_size():
     torch.manual_seed(0)
     p = torch.rand(50, 10)
     for size in (1.0, 2.42, 7.0):
-        assert unit.of_size(p, size).size(p) == pytest.approx(size, abs=0.011)
+        assert sets.of_size(p, size).size(p) == pytest.approx(size, abs=0.011)
 
 
 def test_single_threshold_is_split_conformal():
     torch.manual_seed(0)
     p, y = torch.rand(99, 10), torch.randint(0, 10, (99,))
-    rule = unit.single_threshold(p, y)
+    rule = sets.single_threshold(p, y)
     chance = p.gather(1, y[:, None])[:, 0]
     assert rule.covered(chance, y).sum() == 90
 
 
 def test_worst_is_the_bound_of_the_true_class():
     torch.manual_seed(0)
-    reasoner = KnowledgeCircuit(16, unit.rules(1.0)[:9])
+    reasoner = KnowledgeCircuit(16, detectors.rules(1.0)[:9])
     lo = 0.4 * torch.rand(4, 16).double() + 0.1
     y = torch.tensor([0, 1, 1, 7])
-    found = unit.reasoned_worst(reasoner, lo, lo + 0.2, y, 0.1)
-    ends = unit.ball_bounds(lo, lo + 0.2, sigma=unit.SIGMA, radius=0.1)
+    found = sets.reasoned_worst(reasoner, lo, lo + 0.2, y, 0.1)
+    ends = ball_bounds(lo, lo + 0.2, sigma=detectors.SIGMA, radius=0.1)
     low, _ = reasoner.bounds(*ends, concepts=[0, 1, 7])
     torch.testing.assert_close(found, low[torch.arange(4), torch.tensor([0, 1, 1, 2])])
 
@@ -61,7 +63,7 @@ def test_attack_stays_in_the_ball_and_lowers_the_chance():
     with torch.no_grad():
         model[0].weight *= 20
     x, y = torch.rand(30, 64), torch.randint(0, 10, (30,))
-    moved = unit.attack(model, lambda pi: pi, x, y, 0.5, steps=5)
+    moved = detectors.attack(model, lambda pi: pi, x, y, 0.5, steps=5)
     assert ((moved - x).norm(dim=1) <= 0.5 + 1e-5).all()
     before, after = (model(v).gather(1, y[:, None]).mean() for v in (x, moved))
     assert after < 0.7 * before

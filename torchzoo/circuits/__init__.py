@@ -5,6 +5,7 @@ from torchzoo._lazy import attach
 __getattr__, __dir__, __all__ = attach(
     __name__,
     {
+        "block_sparse": ["compact"],
         "builders": [
             "balanced",
             "factorised",

@@ -228,10 +228,7 @@ class Circuit(ZooModel):
             ValueError: See `forward`.
         """
         check_evidence(self, x, mask, log_w)
-        soft = None
-        if log_w is not None:
-            log_w = log_w.reshape(-1, *log_w.shape[-2:]).to(self.layers[0].log_weight)
-            soft = self.leaf.log_prob_soft(log_w.transpose(0, 1).index_select(0, self.scope))
+        soft = None if log_w is None else self.leaf.log_prob_soft(self.soft_by_fold(log_w))
         if x is None:
             assert soft is not None
             return soft
@@ -248,6 +245,11 @@ class Circuit(ZooModel):
     def by_fold(self, x: Tensor) -> Tensor:
         """`(F, B)`, for each fold of the leaf layer the entries of its variable in `(..., D)`."""
         return x.reshape(-1, self.num_variables).index_select(1, self.scope).T
+
+    def soft_by_fold(self, log_w: Tensor) -> Tensor:
+        """`(F, B, C)`, for each fold of the leaf layer its variable's part of `(..., D, C)`."""
+        log_w = log_w.reshape(-1, *log_w.shape[-2:]).to(self.layers[0].log_weight)
+        return log_w.transpose(0, 1).index_select(0, self.scope)
 
     def propagate(
         self,

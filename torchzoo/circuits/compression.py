@@ -21,7 +21,7 @@ import json
 import math
 import struct
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from copy import deepcopy
 from math import prod
 from pathlib import Path
@@ -30,6 +30,7 @@ from typing import BinaryIO, NamedTuple, Self
 import torch
 from torch import Tensor
 
+from torchzoo.circuits.blocks import BlockCoder
 from torchzoo.circuits.circuit import Circuit
 from torchzoo.circuits.container import (
     DTYPES,
@@ -41,20 +42,12 @@ from torchzoo.circuits.container import (
     read_index,
 )
 from torchzoo.circuits.order import SCHEDULES
-from torchzoo.circuits.vtree import Factors, factors_of
+from torchzoo.circuits.vtree import factors_of
 from torchzoo.files import write_json
-from torchzoo.ops.ordered_matmul import ordered_matmul
-from torchzoo.ops.rans import (
-    MAX_PRECISION,
-    StreamDecoder,
-    encode_streams,
-    unchecked_tables,
-)
+from torchzoo.ops.rans import MAX_PRECISION
 
 _OPTIONS = "codec.json"
 _OPTION_NAMES = ("precision", "block_size", "schedule", "deterministic")
-_TABLE_ENTRIES = 1 << 22
-"""How many entries the tables of one step may have: samples times categories."""
 
 
 class CodeLength(NamedTuple):
@@ -127,17 +120,18 @@ class CircuitCodec:
         self.circuit, self.precision, self.block_size = circuit, precision, block_size
         self.schedule, self.deterministic = schedule, deterministic
         exact = factors_of(deepcopy(circuit).cpu().double())
-        self._factors = exact.map(lambda t: t.detach().float().double().contiguous())
-        self.num_categories = len(next(iter(self._factors.leaves.values())))
+        factors = exact.map(lambda t: t.detach().float().double().contiguous())
+        self._coder = BlockCoder(factors, precision, block_size, schedule, deterministic)
+        self.num_categories = self._coder.num_categories
         if not 1 <= precision <= MAX_PRECISION or 2 * self.num_categories > 1 << precision:
             raise ValueError(
                 f"precision: expected at most {MAX_PRECISION} and at least "
                 f"{self.num_categories.bit_length() + 1} for {self.num_categories} categories, "
                 f"got {precision}"
             )
-        self.order = self._factors.tree.order
+        self.order = factors.tree.order
         self.num_variables = len(self.order)
-        self._hash = _fingerprint(self._factors)
+        self._hash = factors.fingerprint()
 
     def __repr__(self) -> str:
         return (
@@ -185,47 +179,16 @@ class CircuitCodec:
     ) -> Iterator[bytes]:
         header: bytes | None = None
         blocks: list[Block] = []
-        for rows in _rebatch(batches, self._rows_at_once):
+        for rows in _rebatch(batches, self._coder.rows_at_once):
             if header is None:
                 header = self._header(rows.dtype, shape or tuple(rows.shape[1:])).pack()
                 yield header
-            for data, samples in self._blocks(rows.reshape(-1, self.num_variables)):
+            for data, samples in self._coder.encode(rows.reshape(-1, self.num_variables)):
                 blocks.append(Block(samples, len(data) // 4, zlib.crc32(data), 0))
                 yield data
         if header is None:
             yield self._header(dtype, shape or (self.num_variables,)).pack()
         yield pack_index(blocks)
-
-    def _blocks(self, x: Tensor) -> Iterator[tuple[bytes, int]]:
-        """The coded blocks of some samples `(N, D)`, with their sizes."""
-        freq, start = self._intervals(x)
-        bounds = range(0, len(x), self.block_size)
-        parts = [slice(first, first + self.block_size) for first in bounds]
-        sizes = [len(x[part]) for part in parts]
-        ends = self.num_variables * torch.tensor(sizes).cumsum(0)
-        step_major = [torch.cat([t[:, part].flatten() for part in parts]) for t in (freq, start)]
-        streams, _ = encode_streams(step_major[0], step_major[1], ends, self.precision)
-        return zip(streams, sizes, strict=True)
-
-    def _intervals(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Frequencies and starts of the samples' values, `(D, N)`, by the turn of the variables."""
-        x = x.cpu().long()
-        found: list[Tensor] = []
-
-        def choose(variable: int, pmf: Tensor) -> Tensor:
-            at = x[:, variable]
-            tables = unchecked_tables(pmf, self.precision)
-            found.append(tables.gather(1, torch.stack([at, at + 1], 1)))
-            return at
-
-        self._walk(len(x), choose)
-        start, end = torch.stack(found).unbind(-1)
-        return end - start, start
-
-    @torch.no_grad()
-    def _walk(self, rows: int, choose: Callable[[int, Tensor], Tensor]) -> None:
-        matmul = ordered_matmul if self.deterministic else torch.matmul
-        SCHEDULES[self.schedule](self._factors, rows, choose, matmul)
 
     def decode(self, data: bytes, *, indices: Sequence[int] | Tensor | None = None) -> Tensor:
         """The samples of a container.
@@ -290,39 +253,26 @@ class CircuitCodec:
         self, file: BinaryIO, header: Header, blocks: Sequence[tuple[int, Block]]
     ) -> Iterator[Tensor]:
         """Samples of some numbered blocks, several blocks at a time."""
-        limit = self._rows_at_once
+        limit = self._coder.rows_at_once
         first = 0
         while first < len(blocks):
             last, rows = first, 0
             while last < len(blocks) and (last == first or rows + blocks[last][1].samples <= limit):
                 rows += blocks[last][1].samples
                 last += 1
-            x = self._decode_blocks(file, blocks[first:last])
+            x = self._decoded(file, blocks[first:last])
             yield x.to(header.dtype).view(-1, *header.shape)
             first = last
 
-    def _decode_blocks(self, file: BinaryIO, blocks: Sequence[tuple[int, Block]]) -> Tensor:
+    def _decoded(self, file: BinaryIO, blocks: Sequence[tuple[int, Block]]) -> Tensor:
         for number, block in blocks:
-            self._check_size(number, block)
+            if self._coder.least_bits(block.samples) > 32 * block.words:
+                raise ValueError(f"data: block {number} is too short for {block.samples} samples")
         streams = [read_block(file, number, block) for number, block in blocks]
-        coder = StreamDecoder(streams, self.precision)
-        ends = torch.tensor([block.samples for _, block in blocks]).cumsum(0)
-        columns: list[Tensor] = [torch.empty(0)] * self.num_variables
-
-        def choose(variable: int, pmf: Tensor) -> Tensor:
-            columns[variable] = coder.pop(unchecked_tables(pmf, self.precision), ends)
-            return columns[variable]
-
-        self._walk(int(ends[-1]), choose)
-        if left := coder.unfinished():
+        x, left = self._coder.decode(streams, [block.samples for _, block in blocks])
+        if left:
             raise ValueError(f"data: block {blocks[left[0]][0]} does not decode with this model")
-        return torch.stack(columns, 1)
-
-    def _check_size(self, number: int, block: Block) -> None:
-        """A value takes some bits at least, so a few words can't ask for endless samples."""
-        least = -math.log2(1 - (self.num_categories - 1) / 2**self.precision)
-        if block.samples * self.num_variables * least > 32 * block.words:
-            raise ValueError(f"data: block {number} is too short for {block.samples} samples")
+        return x
 
     def _no_samples(self, header: Header) -> Tensor:
         return torch.empty(0, *header.shape, dtype=header.dtype)
@@ -333,7 +283,7 @@ class CircuitCodec:
         data = self.encode(x)
         _, blocks = self._open(io.BytesIO(data))
         rows = x.reshape(-1, self.num_variables)
-        freq, _ = self._intervals(rows) if len(rows) else (torch.ones(1), None)
+        freq, _ = self._coder.intervals(rows) if len(rows) else (torch.ones(1), None)
         tables = self.precision * freq.numel() - freq.double().log2().sum().item()
         return CodeLength(
             payload=32 * sum(block.words for block in blocks),
@@ -346,7 +296,7 @@ class CircuitCodec:
     def bits_per_dim(self, x: Tensor) -> float:
         """Bits a variable that the coders' words take; header and index are in `measure`."""
         x = self._checked(x)
-        blocks = self._blocks(x.reshape(-1, self.num_variables)) if len(x) else ()
+        blocks = self._coder.encode(x.reshape(-1, self.num_variables)) if len(x) else ()
         return sum(8 * len(data) for data, _ in blocks) / max(1, x.numel())
 
     @torch.no_grad()
@@ -368,12 +318,6 @@ class CircuitCodec:
         """The codec that `save` wrote; its circuit has the parameters that it was saved with."""
         options = json.loads((Path(path) / _OPTIONS).read_text(encoding="utf-8"))
         return cls(Circuit.load(path), **{name: options[name] for name in _OPTION_NAMES})
-
-    @property
-    def _rows_at_once(self) -> int:
-        """Samples that are coded side by side: whole blocks, as many as memory is meant to hold."""
-        blocks = _TABLE_ENTRIES // (self.block_size * self.num_categories)
-        return self.block_size * max(1, blocks)
 
     def _header(self, dtype: torch.dtype, shape: tuple[int, ...]) -> Header:
         if prod(shape) != self.num_variables:
@@ -419,16 +363,3 @@ def _rebatch(batches: Iterable[Tensor], size: int) -> Iterator[Tensor]:
                 held, count = [], 0
     if held:
         yield torch.cat(held)
-
-
-def _fingerprint(factors: Factors) -> bytes:
-    """SHA-256 of the vtree and of the rounded parameters."""
-    digest = hashlib.sha256()
-    tree = factors.tree
-    for numbers in (tree.parent, tree.variable, *tree.children):
-        digest.update(struct.pack(f"<I{len(numbers)}i", len(numbers), *numbers))
-    for tensors in (factors.weights, factors.leaves):
-        for region in sorted(tensors):
-            digest.update(struct.pack(f"<{tensors[region].ndim}I", *tensors[region].shape))
-            digest.update(tensors[region].numpy().astype("<f4").tobytes())
-    return digest.digest()

@@ -31,8 +31,9 @@ import torch
 from torch import Tensor
 
 from torchzoo.circuits.certificate import certified_coverage, smoothed_bounds
+from torchzoo.circuits.decisions import check_probabilities
 from torchzoo.circuits.elimination import concept_of
-from torchzoo.circuits.knowledge import KnowledgeCircuit, KnowledgeMixture, check_probabilities
+from torchzoo.circuits.knowledge import KnowledgeCircuit, KnowledgeMixture
 from torchzoo.hub import ZooModel
 from torchzoo.registry import Example, register
 

@@ -231,3 +231,15 @@ def _violations(clause: Clause, bits: dict[int, NDArray[np.int64]]) -> NDArray[n
 def _stack(parts: list[NDArray[Any]], shape: tuple[int, ...]) -> NDArray[np.int64]:
     """Parts `(2^k, 2)` along a new last axis, which may be empty."""
     return np.stack(parts, 2).astype(np.int64) if parts else np.zeros((*shape, 0), np.int64)
+
+
+def connected(buckets: Sequence[Bucket]) -> list[frozenset[int]]:
+    """The concepts that hang together by clauses, group by group."""
+    members: list[frozenset[int]] = []
+    groups = []
+    for bucket in buckets:
+        below = (members[child] for child in bucket.children)
+        members.append(frozenset({bucket.variable}).union(*below))
+        if not bucket.separator:
+            groups.append(members[-1])
+    return groups

@@ -1,8 +1,8 @@
-"""Checks of what a circuit is told: shapes and types, and values that leaves can have."""
+"""What a circuit is told, and the checks of it: shapes and types, values that leaves can have."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,7 +10,19 @@ from torch import Tensor
 if TYPE_CHECKING:
     from torchzoo.circuits.circuit import Circuit
 
-__all__ = ["check_evidence", "check_values"]
+__all__ = ["Evidence", "check_evidence", "check_values"]
+
+
+class Evidence(NamedTuple):
+    """What is told about samples `(N, ...)`: the arguments of `Circuit.forward`."""
+
+    x: Tensor | None
+    mask: Tensor | None
+    log_w: Tensor | None
+
+    def rows(self, index: Tensor) -> Evidence:
+        """What is told about some of the samples."""
+        return Evidence(*(None if told is None else told[index] for told in self))
 
 
 def check_evidence(

@@ -139,6 +139,17 @@ class FiniteLeaf(Leaf):
         counts.index_add_(0, rows.flatten(), flow.flatten(0, 1))
         return counts.unflatten(0, (self.stored_folds, -1))
 
+    def soft_statistics(self, log_w: Tensor, flow: Tensor) -> Tensor:
+        """See `Leaf.soft_statistics`: each unit's flow goes to values by `p_k(c) w(c)`.
+
+        That share is `p d log(sum_c p w) / d p`, a derivative that holds no `F B C K` numbers.
+        """
+        with torch.enable_grad():
+            table = self.log_table().exp().detach().requires_grad_()
+            soft = log_einsum_exp(log_w, table.expand(self.num_folds, -1, -1).mT)
+            (slope,) = torch.autograd.grad(soft, table, flow)
+        return table.detach() * slope
+
     @torch.no_grad()
     def update(self, statistics: Tensor, pseudocount: float | Tensor, step_size: float) -> None:
         """See `Leaf.update`; `pseudocount` is added to each count, a number or `(F, C)`."""

@@ -7,12 +7,13 @@ Values are logarithms, `(F, B, K)`: folds, batch, units. A layer reads earlier v
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from torchzoo.circuits.block_sparse import BlockSums
 from torchzoo.circuits.schedule import LayerPlan, Schedule
 from torchzoo.ops.log_einsum_exp import log_einsum_exp, log_einsum_exp2
 
@@ -164,8 +165,10 @@ class SumLayer(nn.Module):
         plan: The layer.
         log_weight: Logarithms of the weights up to a constant for each sum.
         mixing: The mixing, where regions have several partitions.
+        blocks: What sums over the blocks of edges that pruning left; None sums over all edges.
     """
 
+    blocks: BlockSums | None
     num_operands: int
     operands: Sequence[Hadamard]
 
@@ -192,6 +195,7 @@ class SumLayer(nn.Module):
         self.log_weight = nn.Parameter(torch.empty(size, device=device, dtype=dtype))
         mixes = len(plan.folds) > len(plan.regions)
         self.mixing = Mixing(plan, num_out, device=device, dtype=dtype) if mixes else None
+        self.blocks = None
 
     @staticmethod
     def split(
@@ -204,11 +208,16 @@ class SumLayer(nn.Module):
         """The parameters: of the sums, and of the mixing where there is one."""
         return [self.log_weight] + ([] if self.mixing is None else [self.mixing.log_weight])
 
-    def reset_parameters(self) -> None:
+    @torch.no_grad()
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Draw each row of weights from Dirichlet(1)."""
+        self.blocks = None
         for parameter in self.parameters():
-            with torch.no_grad():
-                parameter.exponential_().log_()
+            parameter.exponential_(generator=generator).log_()
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        self.blocks = None  # the weights that came may have other edges
 
     def weight(self) -> Tensor:
         """`(F, O, K)` or `(F, O, K, K)`, linear weights; of one fold where all share it."""
@@ -220,7 +229,10 @@ class SumLayer(nn.Module):
 
     def sums(self, values: Sequence[Tensor], weight: Tensor) -> Tensor:
         """`(F, B, O)`, values of the partitions."""
-        return log_einsum_exp(self.products(values), weight)
+        products = self.products(values)
+        if self.blocks is None:
+            return log_einsum_exp(products, weight)
+        return cast(Tensor, self.blocks(products, weight))
 
     def forward(
         self, values: Sequence[Tensor], weights: Weights, contract: Contract | None = None

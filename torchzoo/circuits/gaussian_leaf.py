@@ -146,6 +146,10 @@ class GaussianLeaf(Leaf):
         found = torch.stack([(flow * power).sum(1) for power in (gap**0, gap, gap**2)])
         return found.sum(1, keepdim=True) if self.shared else found
 
+    def soft_statistics(self, log_w: Tensor, flow: Tensor) -> Tensor:
+        """Soft evidence is for leaves of finitely many values: raises."""
+        return self.log_prob_soft(log_w)
+
     @torch.no_grad()
     def update(self, statistics: Tensor, pseudocount: float | Tensor, step_size: float) -> None:
         """See `Leaf.update`; `pseudocount` observations of the present distribution are added."""

@@ -1,6 +1,7 @@
 """Pruning and growing: a circuit that keeps its busy edges and gets more of them.
 
-Pruning sets the weights of the edges with the least flow to 0. Without the row being normalised
+Pruning sets the weights of the edges with the least flow to 0, or of blocks of edges, for which
+`torchzoo.circuits.compact` has layers that skip them. Without the row being normalised
 again it would cost a sample exactly `-log(1 - flow)` for one edge. Growing puts several noisy
 copies in the place of every unit; with no noise the distribution stays what it was.
 """
@@ -10,8 +11,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
+from torchzoo.circuits.block_sparse import cut
 from torchzoo.circuits.learning import edge_flows
 
 if TYPE_CHECKING:
@@ -27,6 +30,7 @@ def prune(
     mask: Tensor | None = None,
     *,
     fraction: float,
+    block_size: int = 1,
     labels: Tensor | None = None,
     batch_size: int | None = None,
 ) -> int:
@@ -38,7 +42,8 @@ def prune(
         circuit: The circuit, changed in place.
         x: `(N, D)`, values.
         mask: `(N, D)` bool, True where observed.
-        fraction: Share of the edges still there that is removed.
+        fraction: Share of the edges (blocks) still there that is removed.
+        block_size: Sums and inputs of a block of edges that go or stay together.
         labels: `(N,)`, the class of each sample, needed where there are several.
         batch_size: Samples at a time; all by default.
 
@@ -46,7 +51,7 @@ def prune(
         The number of edges removed.
 
     Raises:
-        ValueError: `fraction` outside [0, 1), or see `edge_flows`.
+        ValueError: `fraction` outside [0, 1), `block_size` below 1, or see `edge_flows`.
 
     Source:
         Dang, Liu and Van den Broeck, "Sparse Probabilistic Circuits via Pruning and Growing", 2022,
@@ -60,22 +65,31 @@ def prune(
     """
     if not 0 <= fraction < 1:
         raise ValueError(f"fraction: got {fraction}, expected a number in [0, 1)")
+    if block_size < 1:
+        raise ValueError(f"block_size: got {block_size}, expected at least 1")
     flows = edge_flows(circuit, x, mask, labels=labels, batch_size=batch_size).weights
-    alive = torch.cat([flow[weight > 0] for _, weight, flow in flows])
+    # (F, R, C): flows and largest weights of blocks
+    blocks = [cut(flow.flatten(2), block_size).sum((3, 4)) for _, _, flow in flows]
+    largest = [cut(weight.flatten(2), block_size).amax((3, 4)) for _, weight, _ in flows]
+    alive = torch.cat([flow[weight > 0] for flow, weight in zip(blocks, largest, strict=True)])
     count = int(fraction * len(alive))
     if not count:
         return 0
     threshold = alive.kthvalue(count).values
     removed = 0
-    for parameter, weight, flow in flows:
-        flat = flow.flatten(2)
-        busiest = torch.zeros_like(flat, dtype=torch.bool)
+    for (parameter, weight, _), flow, top in zip(flows, blocks, largest, strict=True):
+        busiest = torch.zeros_like(flow, dtype=torch.bool)
         # of a row without any flow the edge of largest weight stays
-        tie = weight.flatten(2) * torch.finfo(flat.dtype).tiny
-        busiest.scatter_(2, (flat + tie).argmax(2, keepdim=True), True)
-        weak = ((flat <= threshold) & ~busiest).view_as(parameter) & (weight > 0)
-        parameter.masked_fill_(weak, -torch.inf)
-        removed += int(weak.sum())
+        tie = top * torch.finfo(flow.dtype).tiny
+        busiest.scatter_(2, (flow + tie).argmax(2, keepdim=True), True)
+        weak = (flow <= threshold) & ~busiest
+        edges = cut(weight.flatten(2), block_size)
+        dead = weak[..., None, None] & (edges > 0)
+        left = ((edges > 0) & ~dead).any(4, keepdim=True).any(2, keepdim=True)
+        dead &= left  # a sum that would be left without edges keeps its own
+        dead = rearrange(dead, "f r c o k -> f (r o) (c k)").view_as(parameter)
+        parameter.masked_fill_(dead, -torch.inf)
+        removed += int(dead.sum())
     return removed
 
 

@@ -27,7 +27,14 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from torchzoo.circuits import reachable
-from torchzoo.circuits.elimination import Bucket, compile_clauses, parse_rules
+from torchzoo.circuits.decisions import (
+    Decisions,
+    check_box,
+    check_probabilities,
+    decision_levels,
+    log_leaves,
+)
+from torchzoo.circuits.elimination import Bucket, compile_clauses, connected, parse_rules
 from torchzoo.hub import ZooModel
 from torchzoo.ops.log_einsum_exp import log_einsum_exp
 from torchzoo.registry import Example, register
@@ -35,42 +42,6 @@ from torchzoo.registry import Example, register
 __all__ = ["KnowledgeCircuit", "KnowledgeMixture"]
 
 RULES = [(0, 2, 1.5), (1, 2, 0.7), (0, ~1, float("inf")), ([0, 1, ~3], 2.0)]
-
-
-class Decisions(nn.Module):
-    """Sums of one height, each over the two values of a variable.
-
-    Args:
-        variable: For each sum its variable.
-        child: For each sum and value the places of the sums that are multiplied in.
-        device: Device of the indices.
-
-    Shape:
-        - values: `(M, B)`, log-values of all earlier sums
-        - leaves: `(L, 2, B)`, log-probabilities of the values
-        - output: `(S, 2, B)`, the two terms without their weights
-    """
-
-    variable: Tensor
-    child: Tensor
-
-    def __init__(
-        self,
-        variable: list[int],
-        child: list[list[list[int]]],
-        device: torch.device | str | None = None,
-    ) -> None:
-        super().__init__()
-        shape = (len(child), 2, -1 if child[0][0] else 0)
-        places = torch.tensor(child, device=device, dtype=torch.int64).reshape(shape)
-        self.register_buffer("variable", torch.tensor(variable, device=device), persistent=False)
-        self.register_buffer("child", places, persistent=False)
-
-    def forward(self, values: Tensor, leaves: Tensor) -> Tensor:
-        """The terms."""
-        terms = leaves.index_select(0, self.variable)
-        below = values.index_select(0, self.child.flatten())
-        return terms + below.unflatten(0, self.child.shape).sum(2)
 
 
 @register(
@@ -164,13 +135,7 @@ class KnowledgeCircuit(ZooModel):
             self.num_sums += len(self.buckets[i].child)
         sums = [sum_ for i in order for sum_ in self._sums(self.buckets[i])]
         heights = [self.buckets[i].height for i in order for _ in self.buckets[i].child]
-        levels = []
-        for height in range(max(heights) + 1):
-            level = [sum_ for sum_, h in zip(sums, heights, strict=True) if h == height]
-            most = max(len(child[0]) for _, child in level)
-            child = [[c + [0] * (most - len(c)) for c in pair] for _, pair in level]
-            levels.append(Decisions([variable for variable, _ in level], child, device))
-        self.levels = cast("Sequence[Decisions]", nn.ModuleList(levels))
+        self.levels = cast("Sequence[Decisions]", decision_levels(sums, heights, device))
 
         blocked, penalised, penalty, roots = [], [], [], []
         for i, bucket in enumerate(self.buckets):
@@ -215,14 +180,7 @@ class KnowledgeCircuit(ZooModel):
 
     def groups(self) -> list[frozenset[int]]:
         """The concepts that hang together by rules."""
-        members: list[frozenset[int]] = []
-        groups = []
-        for bucket in self.buckets:
-            below = (members[c] for c in bucket.children)
-            members.append(frozenset({bucket.variable}).union(*below))
-            if not bucket.separator:
-                groups.append(members[-1])
-        return groups
+        return connected(self.buckets)
 
     def edge_weights(self, dtype: torch.dtype) -> Tensor:
         """`(S, 2)`, the logarithm of each term's weight."""
@@ -440,34 +398,3 @@ class KnowledgeMixture(ZooModel):
         low, high = (torch.stack(ends) for ends in zip(*parts, strict=True))
         beta = beta.to(low)
         return torch.einsum("rl,r...l->...l", beta, low), torch.einsum("rl,r...l->...l", beta, high)
-
-
-def log_leaves(pi: Tensor) -> Tensor:
-    """`(..., 2)`, logarithms of `1 - pi` and `pi`, kept finite."""
-    both = torch.stack([1 - pi, pi], -1)
-    return both.clamp_min(torch.finfo(pi.dtype).tiny).log()
-
-
-def check_probabilities(name: str, value: Tensor, size: int) -> None:
-    """Refuse what are no probabilities of `size` concepts; compiled graphs check shapes only."""
-    if value.dim() == 0 or value.shape[-1] != size or not value.is_floating_point():
-        got = f"{value.dtype} of shape {tuple(value.shape)}"
-        raise ValueError(f"{name}: got {got}, expected floats of shape (*, {size})")
-    if torch.compiler.is_compiling() or value.device.type == "meta" or not value.numel():
-        return
-    low, high = value.detach().aminmax()
-    if not (low >= 0 and high <= 1):
-        raise ValueError(
-            f"{name}: got values from {low.item():.6g} to {high.item():.6g}, expected "
-            "probabilities in [0, 1]"
-        )
-
-
-def check_box(lo: Tensor, hi: Tensor, size: int) -> None:
-    """Refuse what is no box of probabilities."""
-    check_probabilities("lo", lo, size)
-    check_probabilities("hi", hi, size)
-    if lo.shape != hi.shape:
-        raise ValueError(f"hi: got shape {tuple(hi.shape)}, expected that of lo {tuple(lo.shape)}")
-    if (lo > hi).any():
-        raise ValueError("lo: got a lower end above the upper one, expected lo <= hi")

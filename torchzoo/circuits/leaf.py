@@ -139,6 +139,10 @@ class Leaf(ZooModel):
         """Sufficient statistics of values `(F, B)`, each weighted by `flow` `(F, B, K)`."""
 
     @abstractmethod
+    def soft_statistics(self, log_w: Tensor, flow: Tensor) -> Tensor:
+        """`statistics` where log-weights `(F, B, C)` of the values are all that is known."""
+
+    @abstractmethod
     def update(self, statistics: Tensor, pseudocount: float | Tensor, step_size: float) -> None:
         """Move `step_size` of the way to the most likely parameters; units of no weight stay."""
 

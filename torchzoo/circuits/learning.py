@@ -3,6 +3,9 @@
 The expected number of uses of an edge is its flow, `theta d(sum_b log p_b) / d theta`. A full step
 sets each row of weights to its share of the flows; a step of size eta on a batch goes that part of
 the way. Leaves take the moments of their values, weighted by flows. Pseudocounts are per entry.
+
+With soft evidence `w_i(c)` the likelihood is that of `sum_x p(x) prod_i w_i(x_i)`: a leaf's flow is
+then spread over its values in proportion to `p_k(c) w_i(c)`.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from torchzoo.circuits.evidence import Evidence, check_evidence
 from torchzoo.circuits.folded_layers import Weights
 from torchzoo.circuits.leaf import blend
 
@@ -50,9 +54,10 @@ class EdgeFlows(NamedTuple):
 
 def edge_flows(
     circuit: Circuit,
-    x: Tensor,
+    x: Tensor | None = None,
     mask: Tensor | None = None,
     *,
+    log_w: Tensor | None = None,
     labels: Tensor | None = None,
     batch_size: int | None = None,
 ) -> EdgeFlows:
@@ -60,8 +65,9 @@ def edge_flows(
 
     Args:
         circuit: The circuit.
-        x: `(N, D)`, values.
+        x: `(N, D)`, values; None means that all evidence is soft.
         mask: `(N, D)` bool, True where observed.
+        log_w: `(N, D, C)`, soft evidence where `x` is not observed; see `Circuit.forward`.
         labels: `(N,)`, the class of each sample, needed where there are several.
         batch_size: Samples at a time; all by default.
 
@@ -71,19 +77,18 @@ def edge_flows(
     Raises:
         ValueError: No samples, samples of probability 0, labels missing, or see `Circuit.forward`.
     """
-    if x.dim() != 2 or not len(x):
-        raise ValueError(f"x: got shape {tuple(x.shape)}, expected (N, D) with N > 0")
+    given, samples = _told(circuit, x, mask, log_w)
     if (labels is None) != (circuit.num_classes == 1):
         raise ValueError(f"labels: expected for {circuit.num_classes} classes only, got {labels}")
     found: dict[int, WeightFlow] = {}
     with torch.no_grad():
         weights = circuit.weights()
     leaf: Tensor | None = None
-    total = torch.zeros((), device=x.device)
-    for index in torch.arange(len(x), device=x.device).split(batch_size or len(x)):
-        observed = None if mask is None else mask[index]
+    total = torch.zeros((), device=samples.device)
+    rows = torch.arange(len(samples), device=samples.device)
+    for index in rows.split(batch_size or len(rows)):
         label = None if labels is None else labels[index]
-        flows, statistics, log_prob = _batch_flows(circuit, weights, x[index], observed, label)
+        flows, statistics, log_prob = _batch_flows(circuit, weights, given.rows(index), label)
         for entry in flows:
             if old := found.get(id(entry.parameter)):
                 entry = entry._replace(flow=old.flow + entry.flow)
@@ -93,18 +98,29 @@ def edge_flows(
     assert leaf is not None  # there are samples
     if not total.isfinite():
         raise ValueError(f"x: got log-likelihood {total.item()}, expected possible samples")
-    return EdgeFlows(list(found.values()), leaf, total, len(x))
+    return EdgeFlows(list(found.values()), leaf, total, len(samples))
+
+
+def _told(
+    circuit: Circuit, x: Tensor | None, mask: Tensor | None, log_w: Tensor | None
+) -> tuple[Evidence, Tensor]:
+    """The evidence, checked as a whole, and a tensor with a row for each sample."""
+    check_evidence(circuit, x, mask, log_w)
+    samples, name, form = (log_w, "log_w", "(N, D, C)") if x is None else (x, "x", "(N, D)")
+    assert samples is not None  # that was checked
+    if samples.dim() != form.count(",") + 1 or not len(samples):
+        raise ValueError(f"{name}: got shape {tuple(samples.shape)}, expected {form} with N > 0")
+    return Evidence(x, mask, log_w), samples
 
 
 def _batch_flows(
     circuit: Circuit,
     weights: Sequence[Weights],
-    x: Tensor,
-    mask: Tensor | None,
+    given: Evidence,
     labels: Tensor | None,
 ) -> tuple[list[WeightFlow], Tensor, Tensor]:
     with torch.no_grad():
-        values = circuit.leaf_values(x, mask)
+        values = circuit.leaf_values(*given)
     with torch.enable_grad():
         values.requires_grad_()
         own = [
@@ -121,19 +137,32 @@ def _batch_flows(
         parameters = [p for layer in circuit.layers for p in layer.log_weights()]
         entries = zip(parameters, flat, slopes, strict=True)
         flows = [WeightFlow(p, w.detach(), w * slope) for p, w, slope in entries]
-        folds = circuit.by_fold(x)
-        if mask is not None:
-            observed = circuit.by_fold(mask)
-            folds = folds.masked_fill(~observed, 0)
-            leaf_flow = leaf_flow * observed[..., None]
-        return flows, circuit.leaf.statistics(folds, leaf_flow), log_prob.detach()
+        return flows, _leaf_statistics(circuit, given, leaf_flow), log_prob.detach()
+
+
+def _leaf_statistics(circuit: Circuit, given: Evidence, flow: Tensor) -> Tensor:
+    """What leaves learn from values where they are observed, and from soft evidence elsewhere."""
+    x, mask, log_w = given
+    if x is None:
+        assert log_w is not None
+        return circuit.leaf.soft_statistics(circuit.soft_by_fold(log_w), flow)
+    folds = circuit.by_fold(x)
+    if mask is None:
+        return circuit.leaf.statistics(folds, flow)
+    observed = circuit.by_fold(mask)
+    hard = flow * observed[..., None]
+    found = circuit.leaf.statistics(folds.masked_fill(~observed, 0), hard)
+    if log_w is None:
+        return found
+    return found + circuit.leaf.soft_statistics(circuit.soft_by_fold(log_w), flow - hard)
 
 
 def em_step(
     circuit: Circuit,
-    x: Tensor,
+    x: Tensor | None = None,
     mask: Tensor | None = None,
     *,
+    log_w: Tensor | None = None,
     labels: Tensor | None = None,
     step_size: float = 1.0,
     pseudocount: float = 0.0,
@@ -144,8 +173,9 @@ def em_step(
 
     Args:
         circuit: The circuit, changed in place.
-        x: `(N, D)`, values.
+        x: `(N, D)`, values; None means that all evidence is soft.
         mask: `(N, D)` bool, True where observed.
+        log_w: `(N, D, C)`, soft evidence where `x` is not observed; see `Circuit.forward`.
         labels: `(N,)`, the class of each sample, needed where there are several.
         step_size: How far to go towards the most likely parameters of this data: 1 for all data at
             once, less for batches.
@@ -175,23 +205,25 @@ def em_step(
     for name, value in (("pseudocount", pseudocount), ("leaf_pseudocount", leaf_pseudocount)):
         if (least := float(torch.as_tensor(value).min())) < 0:
             raise ValueError(f"{name}: got {least}, expected at least 0")
-    flows = edge_flows(circuit, x, mask, labels=labels, batch_size=batch_size)
+    flows = edge_flows(circuit, x, mask, log_w=log_w, labels=labels, batch_size=batch_size)
     with torch.no_grad():
         for parameter, weight, flow in flows.weights:
             old = weight.flatten(2)
             new = blend(old, flow.flatten(2) + pseudocount * (old > 0).to(old), 2, step_size)
             parameter.copy_(new.log().view_as(parameter))
         if isinstance(leaf_pseudocount, Tensor):
-            leaf_pseudocount = leaf_pseudocount.to(x.device).index_select(0, circuit.scope)
+            scope = circuit.scope
+            leaf_pseudocount = leaf_pseudocount.to(scope.device).index_select(0, scope)
         circuit.leaf.update(flows.leaf, leaf_pseudocount, step_size)
     return flows.log_likelihood.item() / flows.num_samples
 
 
 def em_fit(
     circuit: Circuit,
-    x: Tensor,
+    x: Tensor | None = None,
     mask: Tensor | None = None,
     *,
+    log_w: Tensor | None = None,
     labels: Tensor | None = None,
     epochs: int = 40,
     batch_size: int | None = None,
@@ -210,8 +242,9 @@ def em_fit(
 
     Args:
         circuit: The circuit, changed in place.
-        x: `(N, D)`, values.
+        x: `(N, D)`, values; None means that all evidence is soft.
         mask: `(N, D)` bool, True where observed.
+        log_w: `(N, D, C)`, soft evidence where `x` is not observed; see `Circuit.forward`.
         labels: `(N,)`, the class of each sample, needed where there are several.
         epochs: Passes over the data.
         batch_size: Samples a step; None takes full steps on all data, without a schedule.
@@ -237,18 +270,21 @@ def em_fit(
     """
     if schedule not in ("cosine", "linear"):
         raise ValueError(f"schedule: got {schedule!r}, expected 'cosine' or 'linear'")
-    size = batch_size or len(x)
-    steps = math.ceil(len(x) / size)
+    given, samples = _told(circuit, x, mask, log_w)
+    size = batch_size or len(samples)
+    steps = math.ceil(len(samples) / size)
     history = []
     for epoch in range(start, epochs):
         total = 0.0
-        for index, rows in enumerate(_batches(x, size, generator)):
-            share = len(rows) / len(x)
+        for index, rows in enumerate(_batches(samples, size, generator)):
+            share = len(rows) / len(samples)
+            x, mask, log_w = given.rows(rows)
             done = (epoch * steps + index) / max(1, epochs * steps - 1)
             log_likelihood = em_step(
                 circuit,
-                x[rows],
-                None if mask is None else mask[rows],
+                x,
+                mask,
+                log_w=log_w,
                 labels=None if labels is None else labels[rows],
                 step_size=1.0 if steps == 1 else _between(*step_size, done, schedule),
                 pseudocount=pseudocount * share,
@@ -298,7 +334,6 @@ def init_from_data(
     circuit.leaf_values(x[:0])  # the checks of shape and type
     circuit.leaf.fit_noisily(circuit.by_fold(x), noise, generator)
     for layer in circuit.layers:
-        for parameter in layer.parameters():
-            parameter.exponential_(generator=generator).log_()
+        layer.reset_parameters(generator)
     for parameter in circuit.layers[-1].parameters():
         parameter.zero_()

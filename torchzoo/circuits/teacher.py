@@ -65,7 +65,7 @@ def init_from_teacher(
     root = features.new_ones(len(x), 1)
     above: dict[int, list[Tensor]] = {circuit.region_graph.root: [root]}
     for layer in reversed(list(circuit.layers)):
-        states = layer.log_weight.shape[2]
+        layer.blocks, states = None, layer.log_weight.shape[2]
         own = [_clusters(circuit, r, features, states, seed) for r in layer.plan.regions]
         for fold, (row, parts) in enumerate(layer.plan.folds):
             for part in parts:

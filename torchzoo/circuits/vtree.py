@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import struct
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -107,6 +109,18 @@ class Factors(NamedTuple):
             for part in (self.weights, self.leaves)
         )
         return Factors(self.tree, weights, leaves)
+
+    def fingerprint(self) -> bytes:
+        """SHA-256 of the vtree and of the parameters, which are on the CPU, as float32."""
+        digest = hashlib.sha256()
+        tree = self.tree
+        for numbers in (tree.parent, tree.variable, *tree.children):
+            digest.update(struct.pack(f"<I{len(numbers)}i", len(numbers), *numbers))
+        for tensors in (self.weights, self.leaves):
+            for region in sorted(tensors):
+                digest.update(struct.pack(f"<{tensors[region].ndim}I", *tensors[region].shape))
+                digest.update(tensors[region].numpy().astype("<f4").tobytes())
+        return digest.digest()
 
 
 def factors_of(circuit: Circuit) -> Factors:

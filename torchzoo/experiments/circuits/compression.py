@@ -1,20 +1,18 @@
 """Paper 82: do circuits compress near their likelihood, fast, and better than generic codecs?
 
 Hidden Chow-Liu trees of digits and of patches of photographs code test sets against independent
-pixels, a Chow-Liu tree, zlib, lzma, a predictor with lzma, and a small autoregressive net.
+pixels, a Chow-Liu tree, zlib, lzma, a predictor with lzma, zstd where Python has it, an integer
+discrete flow, and a small autoregressive net.
 """
 
 from __future__ import annotations
 
-import lzma
 import time
-import zlib
 from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
 import torch
-from einops import rearrange
 from torch import Tensor
 
 from torchzoo.circuits import (
@@ -28,13 +26,14 @@ from torchzoo.circuits import (
     init_from_data,
 )
 from torchzoo.circuits.order import SCHEDULES
-from torchzoo.circuits.residuals import to_patches, to_residuals
+from torchzoo.circuits.residuals import to_patches
 from torchzoo.circuits.vtree import EdgeCounter, factors_of
 from torchzoo.data.digits import digits
 from torchzoo.data.photographs import PHOTOGRAPHS, photograph
 from torchzoo.experiment import Claim, Context, Criterion, Experiment, Measurements
 from torchzoo.experiments.circuits.made import MADE
-from torchzoo.ops.rans import StreamDecoder, encode_streams, frequency_tables
+from torchzoo.experiments.circuits.rivals import flow_bits, generic, made_code
+from torchzoo.ops.rans import frequency_tables
 
 LEVELS, TEST = 17, 497
 SIDE = 8
@@ -86,20 +85,6 @@ def independent(train: Tensor, categories: int) -> Circuit:
     return circuit
 
 
-def generic(test: Tensor) -> dict[str, float]:
-    """Bits a variable of generic codecs on the whole test set, which favours them."""
-    raw = test.to(torch.uint8)
-    column = rearrange(raw, "n (h w) -> (n h) w 1", h=SIDE)
-    predicted = to_residuals(column).numpy().tobytes()
-    plain = raw.numpy().tobytes()
-    sizes = {
-        "zlib": len(zlib.compress(plain, 9)),
-        "lzma": len(lzma.compress(plain, preset=9 | lzma.PRESET_EXTREME)),
-        "predictor + lzma": len(lzma.compress(predicted, preset=9 | lzma.PRESET_EXTREME)),
-    }
-    return {name: 8 * size / test.numel() for name, size in sizes.items()}
-
-
 def seconds(call: Callable[[], Any], repeats: int = 3) -> float:
     """The least of some runs' times."""
     times = []
@@ -108,26 +93,6 @@ def seconds(call: Callable[[], Any], repeats: int = 3) -> float:
         call()
         times.append(time.perf_counter() - started)
     return min(times)
-
-
-def made_code(net: MADE, x: Tensor) -> tuple[Callable[[], Tensor], float]:
-    """Code samples with the net: what decodes them by D forward passes, and bits a variable."""
-    size = x.shape[1]
-    with torch.no_grad():
-        tables = frequency_tables(net(x).double().softmax(-1))  # (N, D, C + 1)
-    at = torch.stack([x, x + 1], 2)
-    start, end = rearrange(tables.gather(2, at), "n d t -> t (d n)")
-    streams, _ = encode_streams(end - start, start, torch.tensor([x.numel()]), 16)
-
-    @torch.no_grad()
-    def decode() -> Tensor:
-        coder, found = StreamDecoder(streams, 16), torch.zeros_like(x)
-        for i in range(size):
-            pmf = net(found)[:, i].double().softmax(-1)
-            found[:, i] = coder.pop(frequency_tables(pmf), torch.tensor([len(x)]))
-        return found
-
-    return decode, 8 * len(streams[0]) / x.numel()
 
 
 def tree_circuit(num_variables: int, categories: int = LEVELS, units: int = 16) -> Circuit:
@@ -191,7 +156,8 @@ def trial(context: Context) -> dict[str, float]:
     }
     figures |= _against_net(context, codec, data, train, test, fitting)
     figures |= _patches(context)
-    return figures | _scaling(context)
+    figures |= _scaling(context)
+    return figures | _flows(context, train, test)
 
 
 def coded(circuit: Circuit, x: Tensor) -> float:
@@ -223,8 +189,7 @@ def _against_net(
 
 def _patches(context: Context) -> dict[str, float]:
     context.progress("patches of photographs")
-    train, test = grey_patches()
-    train, test = train[: context.options["patches"]], test[: context.options["patches"]]
+    train, test = _some_patches(context)
     epochs = context.options["patch_epochs"]
     options = {"epochs": epochs, "batch_size": 256, "step_size": (0.5, 0.05)}
     circuit, _ = fit_hclt(train, 256, 16, context.seed, **options)
@@ -233,6 +198,20 @@ def _patches(context: Context) -> dict[str, float]:
         "patches: HCLT, ideal": CircuitCodec(circuit).theoretical_bits_per_dim(test),
         "patches: independent": coded(independent(train, 256), test),
         **{f"patches: {name}": bits for name, bits in generic(test).items()},
+    }
+
+
+def _some_patches(context: Context) -> tuple[Tensor, Tensor]:
+    train, test = grey_patches()
+    return train[: context.options["patches"]], test[: context.options["patches"]]
+
+
+def _flows(context: Context, train: Tensor, test: Tensor) -> dict[str, float]:
+    context.progress("integer discrete flows")
+    epochs = context.options["flow_epochs"], context.options["patch_flow_epochs"]
+    return {
+        "digits: IDF": flow_bits(train, test, LEVELS, epochs[0]),
+        "patches: IDF": flow_bits(*_some_patches(context), 256, epochs[1]),
     }
 
 
@@ -359,7 +338,9 @@ EXPERIMENT = Experiment(
     ),
     baseline=(
         "independent pixels and a Chow-Liu tree through the same coder; zlib, lzma and a predictor "
-        "with lzma on the whole test set; a masked autoregressive net, trained for as many seconds"
+        "with lzma on the whole test set, and zstd where Python has it (3.14, or the package "
+        "`zstandard`); an integer discrete flow of four couplings; a masked autoregressive net, "
+        "trained for as many seconds"
     ),
     criteria=(
         Criterion(
@@ -390,6 +371,8 @@ EXPERIMENT = Experiment(
             "epochs": 30,
             "patches": 5000,
             "patch_epochs": 6,
+            "flow_epochs": 60,
+            "patch_flow_epochs": 30,
             "sizes": [64, 128, 256, 512, 1024],
             "naive_steps": 16,
             "net_seconds": 1e9,
@@ -401,6 +384,8 @@ EXPERIMENT = Experiment(
             "epochs": 3,
             "patches": 100,
             "patch_epochs": 1,
+            "flow_epochs": 1,
+            "patch_flow_epochs": 1,
             "sizes": [16, 32],
             "naive_steps": 2,
             "net_seconds": 0.2,
