@@ -7,6 +7,7 @@ from matplotlib.figure import Figure
 from torchzoo import experiment
 from torchzoo.experiment import Measurement
 from torchzoo.experiments.gp import bkb as unit
+from torchzoo.experiments.gp.bkb_games import rbf
 from torchzoo.gp import BKB
 
 
@@ -103,7 +104,7 @@ def test_rivals_choose_by_the_bound_of_the_bandit():
 def test_sample_paths_have_the_kernel_of_the_game():
     arms = unit.uniform_arms(4, 0)
     paths = torch.stack([unit.sample_path(arms, 0.2, seed) for seed in range(3000)])
-    expected = unit.rbf(0.2)(arms, arms)
+    expected = rbf(0.2)(arms, arms)
     assert (paths.mT @ paths / 3000 - expected).abs().max() < 0.1
 
 

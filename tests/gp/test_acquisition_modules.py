@@ -1,11 +1,8 @@
 """One-step acquisition functions against simulated observations and dense algebra."""
 
-import math
-
 import numpy as np
 import pytest
 import torch
-from scipy.stats import entropy, norm
 
 from tests.gp.gp_models import dense, problem
 from torchzoo.gp import (
@@ -141,27 +138,6 @@ def test_gradients_by_position():
         KnowledgeGradient(model, rand(15, 2, seed=5), log=True),
     ):
         assert torch.autograd.gradcheck(acquisition, at)
-
-
-@pytest.mark.claim(5, "Entropy search is the mutual information of maximiser and observation", 0.01)
-def test_entropy_search():
-    """Of two candidates the probability to be the maximiser given Z is known."""
-    _, _, model = problem(4)
-    pair, at = rand(2, 2, seed=21), rand(3, 1, 2, seed=22)
-    pair = torch.cat([pair[:1], pair[:1] + 0.2])
-    found = EntropySearch(model, pair, num_samples=20_000, num_nodes=30, generator=seeded())(at)
-    joint = gaussian(model, pair)
-    lines = posterior_lines(model, pair, at[:, 0])
-    side = torch.tensor([1.0, -1.0], dtype=torch.float64)
-    gap, total = float(side @ joint.mean[:, 0]), float(side @ joint.covariance[0] @ side)
-    z, weight = np.polynomial.hermite_e.hermegauss(200)
-    weight /= weight.sum()
-    for value, slope in zip(found.tolist(), (lines.slope @ side).tolist(), strict=True):
-        first = norm.cdf((gap + slope * z) / math.sqrt(total - slope**2))
-        p = np.stack([first, 1 - first])
-        expected = entropy(p @ weight) - entropy(p) @ weight
-        assert value == pytest.approx(expected, abs=0.01)
-    assert max(found) > 0.03
 
 
 @pytest.mark.claim(

@@ -10,7 +10,16 @@ import textwrap
 import pytest
 import torch
 
-from torchzoo.gp import BayesOpt, DerivativeGP, GPSurrogate, KnowledgeGradient, optimize_acqf
+from torchzoo.gp import (
+    BayesOpt,
+    DerivativeGP,
+    FullyBayesianSurrogate,
+    GPSurrogate,
+    KnowledgeGradient,
+    MultiTaskSurrogate,
+    NoisyExpectedImprovement,
+    optimize_acqf,
+)
 from torchzoo.gp.bayes_opt import ACQUISITIONS
 
 BOUNDS = torch.tensor([[-1.0], [2.0]])
@@ -19,6 +28,10 @@ POINTS = torch.rand(40, 1, dtype=torch.float64, generator=torch.Generator().manu
 
 def hill(x):
     return -(x[:, 0] - 0.63).square()
+
+
+def hill_with_gradient(x):
+    return hill(x), -2 * (x - 0.63)
 
 
 def made(**options):
@@ -30,18 +43,19 @@ def made(**options):
 @pytest.mark.parametrize("acquisition", ACQUISITIONS)
 def test_resume(tmp_path, acquisition):
     whole, part = made(acquisition=acquisition), made(acquisition=acquisition)
-    whole.run(hill, 8)
+    function = hill_with_gradient if acquisition == "dkg" else hill
+    whole.run(function, 8)
     path = tmp_path / "state.json"
 
     def stops(x):
         if len(part.y) == 6:
             raise KeyboardInterrupt
-        return hill(x)
+        return function(x)
 
     with pytest.raises(KeyboardInterrupt):
         part.run(stops, 8, checkpoint=path)
     again = made(acquisition=acquisition)
-    again.run(hill, 8, checkpoint=path)
+    again.run(function, 8, checkpoint=path)
     loaded = BayesOpt.load(path)
     for other in (again, loaded):
         assert (other.x == whole.x).all()
@@ -56,23 +70,43 @@ def test_resume(tmp_path, acquisition):
 
 
 @pytest.mark.slow
-def test_resume_after_a_kill(tmp_path):
+@pytest.mark.parametrize(
+    "options",
+    [
+        "acquisition='mes'",
+        "acquisition='dkg'",
+        "acquisition='pes'",
+        "acquisition='kg', surrogate=FullyBayesianSurrogate(burn_in=20, thin=2, generator=seed)",
+        "acquisition='kg', surrogate=MultiTaskSurrogate(2, generator=seed), fidelities=COSTS",
+    ],
+    ids=["mes", "dkg", "pes", "fully_bayesian", "multi_task"],
+)
+def test_resume_after_a_kill(tmp_path, options):
     """The process is killed in an evaluation; another one ends with the same points."""
     program = """
         import os, signal, sys, torch
-        from torchzoo.gp import BayesOpt
+        from torchzoo.gp import BayesOpt, FullyBayesianSurrogate, MultiTaskSurrogate
+        COSTS = {0.0: 1.0, 1.0: 5.0}
+        seed = torch.Generator().manual_seed(0)
         points = torch.linspace(0, 1, 31, dtype=torch.float64)[torch.arange(31) * 7 % 31, None]
-        search = BayesOpt(torch.tensor([[0.0], [1.0]]), acquisition="mes", candidates=points)
-        def hill(x):
+        search = BayesOpt(torch.tensor([[0.0], [1.0]]), candidates=points, OPTIONS)
+        if os.path.exists(sys.argv[1]):
+            search = BayesOpt.load(sys.argv[1], surrogate=search.surrogate)
+        while len(search.y) < 8:
+            x = search.suggest()
             if len(search.y) == 6 and sys.argv[2] == "die":
                 os.kill(os.getpid(), signal.SIGKILL)
-            return -(x - 0.63).square().sum(-1)
-        search.run(hill, 8, checkpoint=sys.argv[1])
-        print(search.x.tolist())
+            y = -(x[:, 0] - 0.63).square()
+            grad = -2 * (x - 0.63) if search.acquisition == "dkg" else None
+            task = x[:, 1] if search.fidelities else None
+            search.observe(x[:, :1], y, grad=grad, fidelity=task)
+            search.save(sys.argv[1])
+        print(search.data.inputs.tolist(), search.best())
     """
+    program = textwrap.dedent(program).replace("OPTIONS", options)
 
     def start(path, how):
-        command = [sys.executable, "-c", textwrap.dedent(program), str(tmp_path / path), how]
+        command = [sys.executable, "-c", program, str(tmp_path / path), how]
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         return subprocess.run(command, capture_output=True, text=True, env=environment)
 
@@ -80,6 +114,45 @@ def test_resume_after_a_kill(tmp_path):
     assert start("part", "die").returncode == -signal.SIGKILL
     assert start("part", "live").stdout == whole.stdout != ""
     assert sorted(p.name for p in tmp_path.iterdir()) == ["part", "whole"]
+
+
+@pytest.mark.claim(5, "A fully Bayesian search averages over hyperparameters, and resumes")
+def test_fully_bayesian():
+    surrogate = FullyBayesianSurrogate(
+        num_samples=4, burn_in=10, thin=2, bounds=BOUNDS, generator=torch.Generator().manual_seed(0)
+    )
+    search = made(surrogate=surrogate, refit_every=2)
+    search.run(hill, 7)
+    model, at = search.surrogate_given_data(), POINTS[:, None]
+    assert len(model.x) == 7
+    each = [NoisyExpectedImprovement(member, search.x)(at) for member in model.members]
+    assert (search.suggest()[0] == POINTS[torch.stack(each).mean(0).argmax()]).all()
+    other = FullyBayesianSurrogate(num_samples=4, burn_in=10, thin=2, bounds=BOUNDS)
+    again = made(surrogate=other, refit_every=2)
+    again.load_state(json.loads(json.dumps(search.state())))
+    for one in (search, again):
+        one.run(hill, 9)
+    assert (search.x == again.x).all()
+    assert (search.best()[0] - 0.63).abs() < 0.2
+
+
+@pytest.mark.claim(5, "Tasks are asked by what they tell of the last one for their cost")
+def test_multi_task():
+    """The first task is upside down and cheap; the last one is rarely asked."""
+    points = POINTS[:20]
+    surrogate = MultiTaskSurrogate(2, max_iter=20, bounds=BOUNDS)
+    search = made(
+        acquisition="kg", fidelities={0.0: 1.0, 1.0: 20.0}, surrogate=surrogate, candidates=points
+    )
+    for _ in range(9):
+        x = search.suggest()
+        search.observe(x[:, :1], hill(x) * (2 * x[:, 1] - 1), fidelity=x[:, 1])
+    tasks = search.data.fidelity
+    assert (tasks[4:] == 0).sum() >= 3
+    rows = torch.cat([torch.cat([points, torch.full_like(points, s)], 1) for s in (0.0, 1.0)])
+    gain = KnowledgeGradient(search.surrogate_given_data(), rows[20:])(rows[:, None])
+    cost = torch.where(rows[:, 1] == 1.0, 20.0, 1.0)
+    assert (search.suggest()[0] == rows[(gain / cost).argmax()]).all()
 
 
 def test_minimising_is_maximising_upside_down():
@@ -159,6 +232,7 @@ def test_gradients():
         ({"candidates": POINTS[:3]}, "candidates"),
         ({"candidates": POINTS + 3}, "candidates"),
         ({"fidelities": {1.0: 1.0}}, "fidelities"),
+        ({"acquisition": "dkg", "surrogate": GPSurrogate()}, "surrogate"),
     ],
 )
 def test_bad_options(options, name):

@@ -1,6 +1,7 @@
 """The sampler against exact stationary distributions and a plain loop over its equations."""
 
 import copy
+import inspect
 import math
 
 import pytest
@@ -113,6 +114,9 @@ def test_scales_stand_still_after_burn_in_and_state_resumes():
             sampler.step()
 
     assert sampler.defaults == {"lr": 0.01, "mdecay": 0.05, "burn_in": 3, "noise_estimate": 0.0}
+    plain = inspect.signature(sghmc).parameters
+    for name in ("lr", "mdecay", "noise_estimate"):
+        assert plain[name].default == sampler.defaults[name]
     move(sampler, x, 3)
     frozen = sampler.state[x]["mean_square"].clone()
     assert (frozen != 1).all()

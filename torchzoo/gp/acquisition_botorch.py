@@ -1,8 +1,34 @@
 """What this family takes from botorch, and models in botorch's terms; imports it only when asked.
 
-Acquisition functions that botorch has are botorch's here, under these names: `torchzoo.gp.<name>`
-looks them up. Its noisy expected improvement integrates over what the noise hid, which is not what
-`torchzoo.gp.NoisyExpectedImprovement` does, so it is called `IntegratedNoisyEI`.
+What botorch has is botorch's here, under the names of `NAMES`: `torchzoo.gp.<name>` looks them up.
+Its noisy expected improvement integrates over what the noise hid, which is not what
+`torchzoo.gp.NoisyExpectedImprovement` does, so it is called `IntegratedNoisyEI`. Of the methods of
+P. I. Frazier, "A tutorial on Bayesian optimization", 2018:
+
+- expected improvement, one point or several: botorch's `ExpectedImprovement`,
+  `LogExpectedImprovement`, `qExpectedImprovement`, `qLogExpectedImprovement`; our own
+  `expected_improvement` is the bare formula, and `sample_qei` is for functions that were sampled;
+- with noise: our own `NoisyExpectedImprovement`; botorch's `IntegratedNoisyEI` and
+  `qNoisyExpectedImprovement` are other ones;
+- knowledge gradient: botorch's `qKnowledgeGradient` on a continuous domain; our own
+  `KnowledgeGradient`, exact, on a finite set;
+- with derivatives: our own `DerivativeGP` and `DerivativeKnowledgeGradient`; botorch has neither,
+  gpytorch has kernels, which the latter understands;
+- entropy search: our own `EntropySearch` and `PredictiveEntropySearch` on a finite set; botorch's
+  `qPredictiveEntropySearch`, by expectation propagation, is differentiable in nothing and may be
+  below 0; for the value of the maximum, botorch's `MaxValueEntropySearch`, our own
+  `max_value_entropy` is the bare formula;
+- parallel evaluations: botorch's acquisition functions of q points, `DerivativeKnowledgeGradient`,
+  and `BayesOpt.suggest`, which finds points one after the other;
+- constraints: botorch's `ConstrainedEI`; `BayesOpt` does without botorch;
+- several fidelities: botorch's `qMultiFidelityKnowledgeGradient`; our own `CostAwareKG`, exact, on
+  a finite set;
+- several tasks: botorch's `MultiTaskGP`; our own `MultiTaskSurrogate` for `BayesOpt`, on gpytorch's
+  kernel of tasks;
+- random environments: our own `IntegratedEnvironment`;
+- averages over hyperparameters: our own `FullyBayesianSurrogate` and `AveragedAcquisition`;
+  botorch's `SaasFullyBayesianSingleTaskGP` has priors for many inputs, and needs numpyro to fit;
+- maximising acquisition functions: botorch's, in `optimize_acqf`; the loop is our own `BayesOpt`.
 """
 
 from __future__ import annotations
@@ -12,26 +38,31 @@ from importlib import import_module
 from typing import Any
 
 NAMES = {
-    "ConstrainedEI": "ConstrainedExpectedImprovement",
-    "ExpectedImprovement": "ExpectedImprovement",
-    "IntegratedNoisyEI": "NoisyExpectedImprovement",
-    "LogExpectedImprovement": "LogExpectedImprovement",
-    "MaxValueEntropySearch": "qMaxValueEntropy",
-    "qExpectedImprovement": "qExpectedImprovement",
-    "qKnowledgeGradient": "qKnowledgeGradient",
-    "qLogExpectedImprovement": "qLogExpectedImprovement",
-    "qNoisyExpectedImprovement": "qNoisyExpectedImprovement",
+    "ConstrainedEI": "acquisition.ConstrainedExpectedImprovement",
+    "ExpectedImprovement": "acquisition.ExpectedImprovement",
+    "IntegratedNoisyEI": "acquisition.NoisyExpectedImprovement",
+    "LogExpectedImprovement": "acquisition.LogExpectedImprovement",
+    "MaxValueEntropySearch": "acquisition.qMaxValueEntropy",
+    "MultiTaskGP": "models.MultiTaskGP",
+    "SaasFullyBayesianSingleTaskGP": "models.fully_bayesian.SaasFullyBayesianSingleTaskGP",
+    "qExpectedImprovement": "acquisition.qExpectedImprovement",
+    "qKnowledgeGradient": "acquisition.qKnowledgeGradient",
+    "qLogExpectedImprovement": "acquisition.qLogExpectedImprovement",
+    "qMultiFidelityKnowledgeGradient": "acquisition.qMultiFidelityKnowledgeGradient",
+    "qNoisyExpectedImprovement": "acquisition.qNoisyExpectedImprovement",
+    "qPredictiveEntropySearch": "acquisition.predictive_entropy_search.qPredictiveEntropySearch",
 }
 """For each name here, botorch's."""
 
 
 def from_botorch(name: str) -> Any:
-    """A class of `botorch.acquisition` by its name here, one of `NAMES`.
+    """A class of botorch by its name here, one of `NAMES`.
 
     Raises:
         ImportError: botorch is not installed.
     """
-    return getattr(_botorch("botorch.acquisition", name), NAMES[name])
+    module, _, theirs = NAMES[name].rpartition(".")
+    return getattr(_botorch(f"botorch.{module}", name), theirs)
 
 
 def as_botorch_model(model: Any) -> Any:

@@ -4,12 +4,11 @@ A value is what the posterior mean will be of the point that is reported, once y
 `torchzoo.gp.acquisition_lines` for how means move, and `torchzoo.gp.acquisition` for the formula.
 
     noisy EI:  E[max_(i <= n+1) mu_(n+1)(x_i)] - max_(i <= n) mu_n(x_i),   x_(n+1) = x,
-    KG:        E[max_A mu_(n+1)] - max_A mu_n,
-    ES:        H[x*] - E H[x* given y],   x* the maximiser over A.
+    KG:        E[max_A mu_(n+1)] - max_A mu_n.
 
-P. I. Frazier, "A tutorial on Bayesian optimization", 2018, sections 4 and 5. Deviations: knowledge
-gradient and entropy search are those of a finite set A. botorch's noisy expected improvement, which
-integrates over what the noise hid, is another one.
+P. I. Frazier, "A tutorial on Bayesian optimization", 2018, sections 4 and 5. Deviations: the
+knowledge gradient is that of a finite set A. botorch's noisy expected improvement, which integrates
+over what the noise hid, is another one.
 """
 
 from __future__ import annotations
@@ -20,18 +19,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchzoo.common.linalg import psd_cholesky
 from torchzoo.gp.acquisition import expected_rise
-from torchzoo.gp.acquisition_lines import (
-    IntegratedEnvironment,
-    Lines,
-    gaussian,
-    posterior_lines,
-)
+from torchzoo.gp.acquisition_lines import IntegratedEnvironment, Lines, posterior_lines
 
 
-class _OneStep(nn.Module):
-    """What the acquisition functions share: a model, points where means matter, the noise."""
+class OneStep(nn.Module):
+    """What the acquisition functions share: a model, points where means matter, the noise.
+
+    Args:
+        name: What the points are called in errors.
+        model: A fitted model.
+        points: The points, `(n, d)`.
+        noise: Variance of the noise; None: the model's.
+        log: Whether to give the logarithm.
+
+    Raises:
+        ValueError: Shapes that don't fit.
+    """
 
     points: Tensor
 
@@ -54,7 +58,7 @@ class _OneStep(nn.Module):
         return posterior_lines(self.model, self.points, x[..., 0, :], noise=self.noise)
 
 
-class NoisyExpectedImprovement(_OneStep):
+class NoisyExpectedImprovement(OneStep):
     """Expected improvement where values are noisy and an evaluated point will be reported.
 
     Without noise it is expected improvement. x itself is one of the points that can be reported;
@@ -109,7 +113,7 @@ class NoisyExpectedImprovement(_OneStep):
         return torch.logaddexp(ahead.log(), rise) if self.log else ahead + rise
 
 
-class KnowledgeGradient(_OneStep):
+class KnowledgeGradient(OneStep):
     """How much the highest posterior mean over a finite set rises by one observation, exactly.
 
     botorch's `qKnowledgeGradient` is the one for a continuous domain.
@@ -220,97 +224,22 @@ class CostAwareKG(KnowledgeGradient):
         return value - cost.log() if self.log else value / cost
 
 
-class EntropySearch(_OneStep):
-    """How much is learned of where the maximum over a finite set is.
+def seeded(generator: torch.Generator | None) -> torch.Generator:
+    """The generator, or a new one, seeded by torch's."""
+    if generator is not None:
+        return generator
+    return torch.Generator().manual_seed(int(torch.randint(2**62, ())))
 
-    It is the mutual information of the maximiser and Z, the standardised observation, with
-    probabilities by counting on common samples and with Z at Gauss-Hermite nodes: at least 0, a
-    little too high by the counting, and without a gradient.
 
-    Args:
-        model: See `KnowledgeGradient`.
-        candidates: The set A.
-        noise: Variance of the noise; None: the model's.
-        num_samples: Functions that are drawn.
-        num_nodes: Values of Z.
-        generator: Draws them, once; None: a new one, seeded by torch's.
-
-    Shape:
-        - candidates: `(M, d)`
-        - x: `(..., 1, d)`
-        - output: `(...)`
+def sobol_normal(count: int, dim: int, generator: torch.Generator) -> Tensor:
+    """Scrambled Sobol points of a standard normal, `(count, dim)`, in double precision.
 
     Raises:
-        ValueError: An option out of its range, or shapes that don't fit.
-
-    Source:
-        P. I. Frazier, "A tutorial on Bayesian optimization", 2018, section 4.3; P. Hennig and
-        C. J. Schuler, "Entropy search for information-efficient global optimization", 2012.
-
-    Example:
-        >>> from torchzoo.gp import GPSurrogate
-        >>> x = torch.linspace(0, 1, 6, dtype=torch.float64)[:, None]
-        >>> acquisition = EntropySearch(GPSurrogate().fit(x, (5 * x).sin()), x)
-        >>> bool((acquisition(torch.rand(3, 1, 1).double()) >= 0).all())
-        True
+        ValueError: No points.
     """
-
-    white: Tensor
-
-    def __init__(
-        self,
-        model: Any,
-        candidates: Tensor,
-        *,
-        noise: Tensor | float | None = None,
-        num_samples: int = 512,
-        num_nodes: int = 10,
-        generator: torch.Generator | None = None,
-    ):
-        for name, value in {"num_samples": num_samples, "num_nodes": num_nodes}.items():
-            if value < 1:
-                raise ValueError(f"{name}: expected at least 1, got {value}")
-        super().__init__("candidates", model, candidates, noise, False)
-        self.num_nodes = num_nodes
-        if generator is None:
-            generator = torch.Generator().manual_seed(int(torch.randint(2**62, ())))
-        shape = (num_samples, len(candidates) + 1)
-        white = torch.randn(shape, generator=generator, dtype=torch.float64).to(candidates)
-        self.register_buffer("white", white)
-
-    @torch.no_grad()
-    def forward(self, x: Tensor) -> Tensor:
-        import numpy as np
-
-        mean, slope, _, _ = self._lines(x)
-        found = gaussian(self.model, self.points.to(mean))
-        factor, _ = psd_cholesky(found.covariance[0])
-        white, extra = self.white[:, :-1].to(mean), self.white[:, -1].to(mean)
-        paths = mean + white @ factor.mT
-        nodes, weights = (
-            mean.new_tensor(v) for v in np.polynomial.hermite_e.hermegauss(self.num_nodes)
-        )
-        weights = weights / weights.sum()
-        values = [
-            self._information(paths, row, self._observed(factor, row, white, extra), nodes, weights)
-            for row in slope.reshape(-1, slope.shape[-1])
-        ]
-        return torch.stack(values).reshape(slope.shape[:-1]) if values else slope.sum(-1)
-
-    def _observed(self, factor: Tensor, slope: Tensor, white: Tensor, extra: Tensor) -> Tensor:
-        """Z of each path: its regression on the path, and what that leaves open."""
-        weight = torch.linalg.solve_triangular(factor, slope[:, None], upper=False)[:, 0]
-        return white @ weight + (1 - weight.square().sum()).clamp_min(0).sqrt() * extra
-
-    def _information(
-        self, paths: Tensor, slope: Tensor, observed: Tensor, nodes: Tensor, weights: Tensor
-    ) -> Tensor:
-        moved = paths + (nodes[:, None, None] - observed[:, None]) * slope
-        top = moved.argmax(-1)
-        counts = torch.zeros(len(nodes), len(slope)).to(paths)
-        given = counts.scatter_add(1, top, torch.ones_like(moved[..., 0])) / len(paths)
-        return (_entropy(weights @ given) - weights @ _entropy(given)).clamp_min(0)
-
-
-def _entropy(p: Tensor) -> Tensor:
-    return torch.special.entr(p).sum(-1)
+    if count < 1:
+        raise ValueError(f"num_samples: expected at least 1, got {count}")
+    seed = int(torch.randint(2**31, (), generator=generator))
+    engine = torch.quasirandom.SobolEngine(dim, scramble=True, seed=seed)
+    tiny = torch.finfo(torch.float64).eps
+    return torch.special.ndtri(engine.draw(count, dtype=torch.float64).clamp(tiny, 1 - tiny))

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,35 +20,20 @@ import torch
 from torch import Tensor
 
 from torchzoo.files import write_json
-from torchzoo.gp.acquisition import max_value_entropy
 from torchzoo.gp.acquisition_lines import gaussian
-from torchzoo.gp.acquisition_modules import (
-    EntropySearch,
-    KnowledgeGradient,
-    NoisyExpectedImprovement,
-)
-from torchzoo.gp.acquisition_optimize import (
-    check_bounds,
-    check_points,
-    optimize_acqf,
-    random_points,
-    sobol_points,
-)
+from torchzoo.gp.acquisition_optimize import check_points, optimize_acqf, random_points
 from torchzoo.gp.bayes_opt_acquisition import (
-    TAKES_DATA,
+    ACQUISITIONS,
+    GRID,
     AtFidelity,
-    ClosedForm,
     Improvement,
-    believing,
-    model_bounds,
-    sample_maxima,
-    with_data,
+    acquisition_on_points,
+    averaged,
 )
 from torchzoo.gp.bayes_opt_data import Observations, checked_levels, decode, encode
+from torchzoo.gp.bayes_opt_domain import Domain
+from torchzoo.gp.bayes_opt_models import TAKES_DATA, believing, default_surrogate, with_data
 from torchzoo.gp.bnn_surrogates_gp import GPSurrogate
-
-ACQUISITIONS = ("ei", "noisy_ei", "kg", "es", "mes", "random")
-GRID = {"kg": 256, "mes": 256, "es": 64}  # points of a box that stand for it
 
 
 class BayesOpt:
@@ -59,11 +45,13 @@ class BayesOpt:
     Args:
         bounds: Lower and upper ends of the box.
         acquisition: `"ei"`: expected improvement on the best value observed, which is right
-            without noise; `"noisy_ei"`; `"kg"`: knowledge gradient; `"es"` and `"mes"`: entropy
-            search for the place and for the value of the maximum, the former on a set of points
-            only; `"random"`.
+            without noise; `"noisy_ei"`; `"kg"`: knowledge gradient; `"dkg"`: that of values with
+            gradients; `"es"`, `"pes"` and `"mes"`: entropy search for the place of the maximum,
+            the first on a set of points only, and for its value; `"random"`.
         surrogate: Model of the function, with `fit`, `posterior` and states as a
-            `StandardizedSurrogate`; None: a `GPSurrogate`. Gradients need a `DerivativeGP`.
+            `StandardizedSurrogate`; None: a `GPSurrogate`, or a `DerivativeGP` for `"dkg"`.
+            Gradients need a `DerivativeGP`. With a `FullyBayesianSurrogate` acquisition functions
+            are averaged over its hyperparameters.
         maximize: Whether to maximise.
         seed: Of all that is random.
         candidates: A finite set to choose from, the first of it before any fit; None: the box,
@@ -72,8 +60,9 @@ class BayesOpt:
             2 (d + 1).
         refit_every: Evaluations between two fits of hyperparameters; in between the surrogate
             takes in new data. Those that are no Gaussian processes are fitted each time.
-        fidelities: Costs of an evaluation by fidelity, the highest being the one that counts.
-            Needs `"kg"`, by a unit of cost; suggestions get the fidelity as one more number.
+        fidelities: Costs of an evaluation by fidelity, the highest being the one that counts; or
+            by task of a `MultiTaskSurrogate`, the last counting. Needs `"kg"`, by a unit of cost;
+            suggestions get the fidelity as one more number.
 
     Raises:
         ValueError: An option out of its range.
@@ -104,37 +93,44 @@ class BayesOpt:
         refit_every: int = 1,
         fidelities: Mapping[float, float] | None = None,
     ):
-        check_bounds(bounds)
-        self.bounds = bounds.detach().double()
         if acquisition not in ACQUISITIONS:
             raise ValueError(f"acquisition: expected one of {ACQUISITIONS}, got {acquisition!r}")
+        self.fidelities = dict(sorted((fidelities or {}).items()))
+        candidates = None if candidates is None else candidates.detach().double()
+        self.domain = Domain(bounds.detach().double(), candidates, tuple(self.fidelities), seed)
         num_initial = 2 * (self.dim + 1) if num_initial is None else num_initial
         for name, value in {"num_initial": num_initial, "refit_every": refit_every}.items():
             if value < 1:
                 raise ValueError(f"{name}: expected at least 1, got {value}")
-        if candidates is not None:
-            candidates = candidates.detach().double()
-            check_points("candidates", candidates, self.bounds)
-            if len(candidates) < num_initial:
-                count = len(candidates)
-                raise ValueError(f"candidates: expected at least {num_initial}, got {count}")
-        self.fidelities = dict(sorted((fidelities or {}).items()))
+        if candidates is not None and len(candidates) < num_initial:
+            count = len(candidates)
+            raise ValueError(f"candidates: expected at least {num_initial}, got {count}")
         if self.fidelities and (acquisition != "kg" or not min(self.fidelities.values()) > 0):
             raise ValueError(
                 "fidelities: expected costs above 0 and the acquisition 'kg', got "
                 f"{self.fidelities} and {acquisition!r}"
             )
         self.acquisition, self.maximize, self.seed = acquisition, maximize, seed
-        self.candidates, self.num_initial, self.refit_every = candidates, num_initial, refit_every
+        self.num_initial, self.refit_every = num_initial, refit_every
         if surrogate is None:
-            generator = torch.Generator().manual_seed(seed)
-            surrogate = GPSurrogate(
-                bounds=model_bounds(self.bounds, self.fidelities), generator=generator
-            )
+            surrogate = default_surrogate(acquisition, self.bounds, self.fidelities, seed)
+        if acquisition == "dkg" and not hasattr(surrogate, "joint"):
+            kind = type(surrogate).__name__
+            raise ValueError(f"surrogate: expected a DerivativeGP for 'dkg', got a {kind}")
         self.surrogate = surrogate
         self.data = Observations.empty(self.dim)
         self._fitted = 0  # observations at the last fit
         self._hyperparameters: dict[str, Tensor] | None = None
+
+    @property
+    def bounds(self) -> Tensor:
+        """Ends of the box, `(2, d)`."""
+        return self.domain.bounds
+
+    @property
+    def candidates(self) -> Tensor | None:
+        """The finite set to choose from, `(M, d)`, if there is one."""
+        return self.domain.candidates
 
     @property
     def dim(self) -> int:
@@ -166,7 +162,7 @@ class BayesOpt:
         n = len(self.data)
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + n)
         if n < self.num_initial:
-            return self._initial(n, q)
+            return self.domain.initial(n, q)
         if self.acquisition == "random":
             return random_points(self.bounds, self.candidates, q, generator)
         model = self.surrogate_given_data()
@@ -227,7 +223,8 @@ class BayesOpt:
         """Evaluate until there are so many observations, one after the other.
 
         Args:
-            function: Values of points `(1, d)`, as a number or `(1,)`.
+            function: Values of points `(1, d)`, as a number or `(1,)`; or a pair of that and the
+                gradient, `(1, d)`.
             budget: Observations to stop at.
             checkpoint: File that the state is written to after each, whole or not at all. One that
                 is there is continued.
@@ -241,7 +238,9 @@ class BayesOpt:
             self.load_state(json.loads(Path(checkpoint).read_text(encoding="utf-8")))
         while len(self.data) < budget:
             x = self.suggest()
-            self.observe(x, torch.as_tensor(function(x)).reshape(-1))
+            found = function(x)
+            y, grad = found if isinstance(found, tuple) else (found, None)
+            self.observe(x, torch.as_tensor(y).reshape(-1), grad=grad)
             if checkpoint is not None:
                 self.save(checkpoint)
 
@@ -266,7 +265,7 @@ class BayesOpt:
         model = self.surrogate_given_data()
 
         def mean(x: Tensor) -> Tensor:
-            return gaussian(model, self._at_top(x)).mean[..., 0, 0]
+            return gaussian(model, self.domain.at_top(x)).mean[..., 0, 0]
 
         points = self.x[self.data.feasible] if by == "evaluated" else self.candidates
         box = self.bounds if points is None else None
@@ -338,64 +337,45 @@ class BayesOpt:
         self._fitted = state["fitted"]
         self._hyperparameters = {k: decode(v) for k, v in state["surrogate"].items()} or None
 
-    def _at_top(self, x: Tensor) -> Tensor:
-        """Points with the fidelity that counts, if there are any."""
-        if not self.fidelities:
-            return x
-        return torch.cat([x, torch.full_like(x[..., :1], max(self.fidelities))], -1)
-
-    def _spread(self, count: int) -> Tensor:
-        """The first so many Sobol points or candidates, around and around."""
-        if self.candidates is not None:
-            return self.candidates[torch.arange(count) % len(self.candidates)]
-        return sobol_points(self.bounds, count, self.seed)
-
-    def _initial(self, n: int, q: int) -> Tensor:
-        """Points of the initial design from the n-th on; fidelities take turns."""
-        chosen = self._spread(n + q)[n:]
-        if not self.fidelities:
-            return chosen
-        levels = chosen.new_tensor(list(self.fidelities))
-        return torch.cat([chosen, levels[torch.arange(n, n + q) % len(levels), None]], 1)
-
     def _grid(self) -> Tensor:
         """A finite set that stands for the domain, with what was evaluated."""
-        if self.candidates is not None:
-            return self.candidates
-        return torch.cat([self.x, self._spread(GRID[self.acquisition])]).unique(dim=0)
+        return self.domain.grid(self.x, GRID[self.acquisition])
 
     def _signed(self) -> Tensor:
         return (self.y if self.maximize else -self.y)[:, None]
 
     def _optimize(self, model: Any, pending: Tensor, generator: torch.Generator) -> Tensor:
-        box = None if self.candidates is not None else self.bounds
+        box = self.domain.box
         if not self.fidelities:
             acq = self._acquisition_function(model, pending, generator)
             finite = self._grid() if self.acquisition == "es" else self.candidates
             box = None if finite is not None else box
             return optimize_acqf(acq, box, generator=generator, candidates=finite)[0].detach()
-        found = []
+        found, targets = [], self.domain.at_top(self._grid())
         for level, price in self.fidelities.items():
-            gain = AtFidelity(model, self._at_top(self._grid()), level, price)
-            x, value = optimize_acqf(gain, box, generator=generator, candidates=self.candidates)
+            acq = averaged(model, partial(AtFidelity, targets=targets, level=level, price=price))
+            x, value = optimize_acqf(acq, box, generator=generator, candidates=self.candidates)
             found.append((float(value), torch.cat([x, torch.full_like(x[:, :1], level)], 1)))
         return max(found, key=lambda pair: pair[0])[1].detach()
 
     def _acquisition_function(
         self, model: Any, pending: Tensor, generator: torch.Generator
     ) -> Callable[[Tensor], Tensor]:
-        if self.acquisition == "noisy_ei":
-            return NoisyExpectedImprovement(model, torch.cat([self.x, pending]))
-        if self.acquisition == "kg":
-            return KnowledgeGradient(model, self._grid())
-        if self.acquisition == "es":
-            return EntropySearch(model, self._grid(), generator=generator)
-        if self.acquisition == "mes":
-            maxima = sample_maxima(model, self._grid(), generator=generator)
-            return ClosedForm(model, lambda mean, std: max_value_entropy(mean, std, maxima))
-        feasible = self.data.feasible
-        best = self._signed()[feasible, 0].max() if feasible.any() else None
+        if self.acquisition == "ei":
+            feasible = self.data.feasible
+            best = self._signed()[feasible, 0].max() if feasible.any() else None
+            return averaged(model, partial(Improvement, best=best, limits=self._limits()))
+        seen = self.acquisition == "noisy_ei"
+        points = torch.cat([self.x, pending]) if seen else self._grid()
+        return averaged(
+            model,
+            lambda one: acquisition_on_points(self.acquisition, one, points, generator),
+        )
+
+    def _limits(self) -> GPSurrogate | None:
+        """A model of the constraints, if there are any."""
         if self.data.constraints is None:
-            return Improvement(model, best)
-        limits = GPSurrogate(bounds=self.bounds, generator=torch.Generator().manual_seed(self.seed))
-        return Improvement(model, best, limits.fit(self.x, self.data.constraints))
+            return None
+        generator = torch.Generator().manual_seed(self.seed)
+        limits = GPSurrogate(bounds=self.bounds, generator=generator)
+        return limits.fit(self.x, self.data.constraints)

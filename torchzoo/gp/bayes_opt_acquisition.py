@@ -1,24 +1,29 @@
-"""What an optimiser needs of acquisition functions beyond their own files, without botorch."""
+"""The acquisition functions of an optimiser by their names, without botorch."""
 
 from __future__ import annotations
 
-import copy
-import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from torchzoo.common.linalg import psd_cholesky
-from torchzoo.gp.acquisition import expected_improvement
+from torchzoo.gp.acquisition import expected_improvement, max_value_entropy
+from torchzoo.gp.acquisition_average import AveragedAcquisition
+from torchzoo.gp.acquisition_derivative import DerivativeKnowledgeGradient
+from torchzoo.gp.acquisition_entropy import EntropySearch, PredictiveEntropySearch
 from torchzoo.gp.acquisition_lines import gaussian
-from torchzoo.gp.acquisition_modules import CostAwareKG
-from torchzoo.gp.bnn_surrogates_gp import DKLSurrogate, GPSurrogate, InfiniteWidthSurrogate
-from torchzoo.gp.derivative_gp import DerivativeGP
+from torchzoo.gp.acquisition_modules import (
+    CostAwareKG,
+    KnowledgeGradient,
+    NoisyExpectedImprovement,
+)
+from torchzoo.gp.fully_bayesian import FullyBayesianSurrogate
 
-TAKES_DATA = (GPSurrogate, DKLSurrogate, InfiniteWidthSurrogate, DerivativeGP)
-"""Surrogates that need no fit to take in data, as their states are hyperparameters."""
+ACQUISITIONS = ("ei", "noisy_ei", "kg", "dkg", "es", "pes", "mes", "random")
+GRID = {"kg": 256, "dkg": 128, "mes": 256, "es": 64, "pes": 128}
+"""Points of a box that stand for it."""
 
 
 class ClosedForm(nn.Module):
@@ -95,14 +100,6 @@ class AtFidelity(nn.Module):
         return self.gain(torch.cat([x, torch.full_like(x[..., :1], self.level)], -1))
 
 
-def model_bounds(bounds: Tensor, levels: Collection[float]) -> Tensor:
-    """Bounds of inputs with their fidelity, if there are any, `(2, d + 1)`."""
-    if not levels:
-        return bounds
-    ends = [[min(levels)], [max(levels) + (len(levels) == 1)]]
-    return torch.cat([bounds, bounds.new_tensor(ends)], 1)
-
-
 def sample_maxima(
     model: Any, points: Tensor, count: int = 64, *, generator: torch.Generator | None = None
 ) -> Tensor:
@@ -113,26 +110,33 @@ def sample_maxima(
     return (found.mean.detach() + factor @ white).amax(0)
 
 
-def believing(model: Any, x: Tensor) -> Any:
-    """A surrogate that has seen its own mean at a point, hyperparameters unchanged if it can."""
-    y = gaussian(model, x).mean.detach()
-    data = torch.cat([model.x, x]), torch.cat([model.y, y])
-    if not isinstance(model, TAKES_DATA):
-        return copy.deepcopy(model).fit(*data)
-    grad = getattr(model, "grad", None)
-    if grad is not None:
-        grad = torch.cat([grad, torch.full_like(x, math.nan)])
-    return with_data(model, model.state_dict(), *data, grad)
+def averaged(model: Any, make: Callable[[Any], Callable[[Tensor], Tensor]]) -> Any:
+    """The acquisition function of a model, or its mean over a model's hyperparameters."""
+    if isinstance(model, FullyBayesianSurrogate):
+        return AveragedAcquisition(model.members, make)
+    return make(model)
 
 
-def with_data(
-    surrogate: Any, state: Mapping[str, Tensor], x: Tensor, y: Tensor, grad: Tensor | None = None
-) -> Any:
-    """A copy of a surrogate with hyperparameters of a state and other data."""
-    found = copy.copy(surrogate)
-    found.generator = torch.Generator()
-    new = {"x": x, "y": y}
-    if "grad" in state:
-        new["grad"] = torch.full_like(x, math.nan) if grad is None else grad
-    found.load_state_dict(dict(state) | new)
-    return found
+def acquisition_on_points(
+    name: str, model: Any, points: Tensor, generator: torch.Generator
+) -> Callable[[Tensor], Tensor]:
+    """The acquisition functions that look at a set of points: all but `"ei"` and `"random"`.
+
+    Args:
+        name: One of `ACQUISITIONS`.
+        model: As for `torchzoo.gp.gaussian`.
+        points: What was evaluated for `"noisy_ei"`, else what stands for the domain.
+        generator: Draws.
+    """
+    if name == "noisy_ei":
+        return NoisyExpectedImprovement(model, points)
+    if name == "kg":
+        return KnowledgeGradient(model, points)
+    if name == "dkg":
+        return DerivativeKnowledgeGradient(model, points, num_samples=32, generator=generator)
+    if name == "es":
+        return EntropySearch(model, points, generator=generator)
+    if name == "pes":
+        return PredictiveEntropySearch(model, points, generator=generator)
+    maxima = sample_maxima(model, points, generator=generator)
+    return ClosedForm(model, lambda mean, std: max_value_entropy(mean, std, maxima))

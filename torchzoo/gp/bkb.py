@@ -27,11 +27,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from torchzoo.gp.bkb_sketch import STATE, SketchedPosterior
 from torchzoo.gp.posterior import GaussianPosterior
-from torchzoo.gp.sparse import LeverageScoreSampler, as_covariance, inverse_root
+from torchzoo.gp.sparse import LeverageScoreSampler
 
 
-class BKB:
+class BKB(SketchedPosterior):
     """Budgeted kernel bandit: GP-UCB at a cost that follows the effective dimension, not time.
 
     `ask` says which arm to pull, `tell` takes the reward; see `run_bandit` for a loop that goes on
@@ -74,10 +75,6 @@ class BKB:
         True
     """
 
-    means: Tensor
-    variances: Tensor
-    arms: Tensor
-
     def __init__(
         self,
         kernel: Any,
@@ -105,12 +102,10 @@ class BKB:
             raise ValueError(f"delta: expected within (0, 1), got {delta}")
         if constants not in ("practical", "theory"):
             raise ValueError(f"constants: expected 'practical' or 'theory', got {constants!r}")
-        self.kernel = as_covariance(kernel)
-        self.lam, self.fnorm, self.noise_variance, self.delta = lam, fnorm, noise_variance, delta
+        sampler = LeverageScoreSampler(oversampling, max_inducing=max_inducing, generator=generator)
+        super().__init__(kernel, lam, sampler)
+        self.fnorm, self.noise_variance, self.delta = fnorm, noise_variance, delta
         self.beta_scale, self.constants = beta_scale, constants
-        self.sampler = LeverageScoreSampler(
-            oversampling, max_inducing=max_inducing, generator=generator
-        )
         self.device, self.dtype = device, dtype
         self._pulls: list[tuple[int, float]] = []
         self._candidates: Tensor | None = None
@@ -129,18 +124,6 @@ class BKB:
     def pulled_y(self) -> Tensor:
         """The reward of each pull, `(t,)`, float64."""
         return torch.tensor([y for _, y in self._pulls], dtype=torch.float64)
-
-    @property
-    def inducing_index(self) -> Tensor:
-        """Which arms are inducing points, `(m,)`."""
-        self._check_initialized()
-        return self._inducing
-
-    @property
-    def effective_dimension(self) -> Tensor:
-        """Sum of the variances over pulls, an estimate of `tr K (K + lambda I)^-1`."""
-        self._check_initialized()
-        return (self._counts * self.variances).sum()
 
     @property
     def beta(self) -> Tensor:
@@ -180,14 +163,8 @@ class BKB:
         if arms.ndim != 2 or not arms.numel():
             raise ValueError(f"arms: expected (A, d), got {tuple(arms.shape)}")
         index, y = _checked(index, y, len(arms))
-        self.arms = arms.detach().to(self.device, self.dtype).clone()
-        self._prior = self.kernel.diag(self.arms)
-        self._counts = torch.zeros_like(self._prior)
-        self._sums = torch.zeros_like(self._prior)
-        self._inducing = torch.empty(0, dtype=torch.int64, device=self.arms.device)
-        self._columns = self.arms.new_empty(len(self.arms), 0)
+        self._set_arms(arms.detach().to(self.device, self.dtype).clone())
         self._pulls, self._candidates = [], None
-        self.means, self.variances = torch.zeros_like(self._prior), self._prior / self.lam
         self._record(index, y)
         self._sketch(index.to(self.arms.device).unique())
 
@@ -236,40 +213,6 @@ class BKB:
         self._record(index, y)
         self._sketch(self.draw_inducing())
 
-    def posterior(self, x: Tensor | None = None, *, scaled: bool = True) -> GaussianPosterior:
-        """Mean and variance of the reward function, differentiable in the points.
-
-        Args:
-            x: Where; None: at all arms.
-            scaled: Whether the variance is over lambda, as in the formulas.
-
-        Shape:
-            - x: `(..., n, d)`
-            - mean, variance: `(..., n)`, or `(A,)`
-
-        Raises:
-            RuntimeError: Before `initialize`.
-            ValueError: Points of another dimension.
-        """
-        self._check_initialized()
-        if x is None:
-            found = GaussianPosterior(self.means, self.variances)
-        else:
-            found = self._at(self._cross(x, "x"), self.kernel.diag(x))
-        return found if scaled else GaussianPosterior(found.mean, self.lam * found.variance)
-
-    def covariance(self, x: Tensor) -> Tensor:
-        """Posterior covariance of the reward function between points, not over lambda.
-
-        Shape:
-            - x: `(..., n, d)`
-            - output: `(..., n, n)`
-        """
-        self._check_initialized()
-        z = self._cross(x, "x") @ self._root
-        white = self._whiten(z)
-        return self.kernel(x, x) - z @ z.mT + self.lam * white.mT @ white
-
     def to_botorch(self) -> Any:
         """This bandit as a botorch model, for its acquisition functions and optimisers.
 
@@ -289,7 +232,7 @@ class BKB:
     def state_dict(self) -> dict[str, Tensor]:
         """All that a bandit with the same options needs to go on, bit by bit the same."""
         self._check_initialized()
-        state = {name: getattr(self, attribute) for name, attribute in _STATE.items()}
+        state = {name: getattr(self, attribute) for name, attribute in STATE.items()}
         state |= {"pulled_index": self.pulled_index, "pulled_y": self.pulled_y}
         state["generator"] = self.sampler.generator.get_state()
         if self._candidates is not None:
@@ -303,21 +246,17 @@ class BKB:
         Raises:
             ValueError: Entries are missing.
         """
-        needed = {*_STATE, "pulled_index", "pulled_y", "generator"}
+        needed = {*STATE, "pulled_index", "pulled_y", "generator"}
         if missing := sorted(needed - state.keys()):
             raise ValueError(f"state: expected {sorted(needed)}, got none of {missing}")
         device = self.device if self.device is not None else state["arms"].device
-        for name, attribute in _STATE.items():
+        for name, attribute in STATE.items():
             setattr(self, attribute, state[name].to(device, copy=True))
         pairs = zip(state["pulled_index"].tolist(), state["pulled_y"].tolist(), strict=True)
         self._pulls = list(pairs)
         self.sampler.generator.set_state(state["generator"].cpu())
         self._candidates = state["candidates"].to(device) if "candidates" in state else None
         self._fit()
-
-    def _check_initialized(self) -> None:
-        if not self._pulls:
-            raise RuntimeError(f"this {type(self).__name__} has no arms yet; call initialize first")
 
     def _field(self, candidates: Tensor | None) -> GaussianPosterior:
         """Mean and variance at what there is to choose from, which is noted for `tell`."""
@@ -333,85 +272,7 @@ class BKB:
 
     def _record(self, index: Tensor, y: Tensor) -> None:
         self._pulls += zip(index.tolist(), y.tolist(), strict=True)
-        index, y = index.to(self.arms.device), y.to(self._sums)
-        self._counts.index_add_(0, index, torch.ones_like(y))
-        self._sums.index_add_(0, index, y)
-
-    def _append(self, points: Tensor) -> Tensor:
-        """Make points new arms; their indices."""
-        mean, variance, _ = self.posterior(points)
-        columns, prior = self._cross(points, "candidates"), self.kernel.diag(points)
-        zeros = torch.zeros_like(prior)
-        for name, rows in {
-            "arms": points,
-            "means": mean,
-            "variances": variance,
-            "_columns": columns,
-            "_prior": prior,
-            "_counts": zeros,
-            "_sums": zeros,
-        }.items():
-            setattr(self, name, torch.cat([getattr(self, name), rows]))
-        return torch.arange(len(self.arms) - len(points), len(self.arms))
-
-    def draw_inducing(self) -> Tensor:
-        """Inducing points of the next round, by the last variances and present counts, `(m,)`."""
-        return self.sampler.sample(self.variances, self._counts)
-
-    def _sketch(self, inducing: Tensor) -> None:
-        """Change to other inducing points; kernel columns of those that stay are kept."""
-        place = torch.full((len(self.arms),), -1, device=self.arms.device)
-        place[self._inducing] = torch.arange(len(self._inducing), device=self.arms.device)
-        old = place[inducing]
-        columns = self._columns[:, old.clamp_min(0)] if len(self._inducing) else None
-        new = inducing[old < 0]
-        if columns is None or len(new) == len(inducing):
-            columns = self._columns.new_empty(len(self.arms), len(inducing))
-        if len(new):
-            columns[:, old < 0] = self.kernel(self.arms, self.arms[new])
-        self._inducing, self._columns = inducing, columns.contiguous()
-        self._fit()
-
-    def _fit(self) -> None:
-        """Features and posterior at all arms; repeated pulls of an arm count as its weight."""
-        self._root = inverse_root(self._columns[self._inducing])
-        pulled = self._counts.nonzero()[:, 0]
-        z = self._columns[pulled] @ self._root
-        v = (z.mT @ (self._counts[pulled, None] * z)).double()
-        v.diagonal().add_(self.lam)
-        factor = torch.linalg.cholesky(v)
-        right = (z.mT @ self._sums[pulled, None]).double()
-        self._weights = torch.cholesky_solve(right, factor)[:, 0].to(z)
-        self._factor = factor.to(z)
-        self.means, self.variances, _ = self._at(self._columns, self._prior)
-
-    def _cross(self, x: Tensor, name: str) -> Tensor:
-        if x.ndim < 2 or x.shape[-1] != self.arms.shape[-1]:
-            raise ValueError(
-                f"{name}: expected (..., n, {self.arms.shape[-1]}), got {tuple(x.shape)}"
-            )
-        return self.kernel(x, self.arms[self._inducing])
-
-    def _at(self, cross: Tensor, prior: Tensor) -> GaussianPosterior:
-        """Mean and scaled variance from kernel values with the inducing points."""
-        z = cross @ self._root
-        unexplained = (prior - z.square().sum(-1)).clamp_min(0)
-        variance = unexplained / self.lam + self._whiten(z).square().sum(-2)
-        return GaussianPosterior(z @ self._weights, torch.minimum(variance, prior / self.lam))
-
-    def _whiten(self, z: Tensor) -> Tensor:
-        """`L^-1 z^T`, with `V = L L^T`."""
-        return torch.linalg.solve_triangular(self._factor, z.mT, upper=False)
-
-
-_STATE = {
-    "arms": "arms",
-    "prior": "_prior",
-    "counts": "_counts",
-    "sums": "_sums",
-    "inducing_index": "_inducing",
-    "columns": "_columns",
-}
+        self._add(index, y)
 
 
 BudgetedKernelBandit = BKB

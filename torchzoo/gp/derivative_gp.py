@@ -178,6 +178,28 @@ class DerivativeGP(StandardizedSurrogate):
         variance = covariance.diagonal(dim1=-2, dim2=-1).unflatten(-1, (q, d))
         return GaussianPosterior(mean.unflatten(-1, (q, d)) * unit, variance * unit.square())
 
+    def joint(self, X: Tensor) -> JointGaussian:
+        """The posterior of values and gradients, jointly.
+
+        Shape:
+            - X: `(..., q, d)`
+            - mean: `(..., q (1 + d), 1)`; all values, then the gradient of each point
+
+        Raises:
+            RuntimeError: Before `fit`.
+            ValueError: Points of another dimension.
+        """
+        self._check(X)
+        q, d = X.shape[-2:]
+        mean, covariance = self._joint(self._scaled(X.to(self.x)), slice(None))
+        slope = (self._slope_unit() * self._scale[0, 0]).expand(q, d).flatten()
+        unit = torch.cat([self._scale[0, 0].expand(q), slope])
+        mean = mean * unit + torch.cat([self._shift[0, 0].expand(q), torch.zeros_like(slope)])
+        noises = self._parts(self.theta)[2]
+        noise = torch.cat([noises[:1].expand(q), noises[1:].expand(q * d)]) * unit.square()
+        covariance = covariance * unit * unit[:, None]
+        return JointGaussian(mean[..., None], covariance[..., None, :, :], noise[:, None])
+
     def _slope_unit(self) -> Tensor:
         """Derivatives of scaled inputs by inputs, `(d,)`."""
         if self.bounds is None:

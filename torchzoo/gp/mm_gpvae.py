@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from torchzoo.gp.fourier import FourierGPPrior, Paths
 from torchzoo.gp.mm_gpvae_blocks import SHARED, Expert, LatentBlocks, fuse
+from torchzoo.gp.mm_gpvae_checks import Series, check_parts, check_series, check_values
 from torchzoo.gp.mm_gpvae_likelihoods import (
     BernoulliLikelihood,
     GaussianLikelihood,
@@ -38,10 +39,8 @@ from torchzoo.gp.mm_gpvae_likelihoods import (
 )
 from torchzoo.gp.posterior import GaussianPosterior
 from torchzoo.hub import ZooModel
-from torchzoo.ops.calling import no_autocast, values_readable
+from torchzoo.ops.calling import no_autocast
 from torchzoo.registry import Example, register
-
-Series = Mapping[str, Tensor]
 
 
 def _example() -> Example:
@@ -143,7 +142,7 @@ class MMGPVAE(ZooModel):
         self.num_steps, self.fusion = num_steps, fusion
         self.blocks = blocks
         for name, (encoder, decoder, _) in modalities.items():
-            self._check_parts(name, encoder, decoder)
+            check_parts(blocks, name, encoder, decoder)
         names = sorted(modalities)  # as a saved config does not keep the order
         self.encoders = nn.ModuleDict({name: modalities[name][0] for name in names})
         self.decoders = nn.ModuleDict({name: modalities[name][1] for name in names})
@@ -228,7 +227,7 @@ class MMGPVAE(ZooModel):
         Shape:
             - output: two of `(..., N_f, P)`
         """
-        self._check(data, mask)
+        check_series(self.encoders, self.num_steps, data, mask)
         experts = [self._expert(name, x, (mask or {}).get(name)) for name, x in data.items()]
         spread = self.prior.spectrum().log() / 2
         batch = next(iter(data.values())).shape[:-2]
@@ -259,7 +258,7 @@ class MMGPVAE(ZooModel):
         """
         series = self._named(data, others)
         mean, logstd = self.encode(series, mask=mask)
-        self._check_values(series, mask)
+        check_values(self.likelihoods, series, mask)
         paths = self.prior(mean, logstd)
         total = -paths.kl.sum(-1)
         for name, x in series.items():
@@ -364,47 +363,3 @@ class MMGPVAE(ZooModel):
             output = self._linear(name, paths)
             return likelihood.mean(output.mean, output.variance)
         return likelihood.mean(self.decoders[name](self.blocks.of(name, paths.mean)))
-
-    def _check_parts(self, name: str, encoder: nn.Module, decoder: nn.Module) -> None:
-        """Raise where an encoder or decoder states a width that does not fit its latents."""
-        latents = sum(self.blocks.seen_by(name).values())
-        pairs = {"outputs of the encoder": (encoder, "out_features", 2 * latents)}
-        pairs["inputs of the decoder"] = (decoder, "in_features", latents)
-        for what, (part, attribute, expected) in pairs.items():
-            width = getattr(part, attribute, expected)
-            if width != expected:
-                raise ValueError(f"modalities: expected {expected} {what} of {name!r}, got {width}")
-
-    def _check(self, data: Series, mask: Series | None) -> None:
-        """Raise for series whose names or shapes do not fit."""
-        unknown = [name for name in (*data, *(mask or {})) if name not in self.decoders]
-        if not data or unknown:
-            got = unknown[0] if unknown else "none"
-            raise ValueError(f"data: expected some of {list(self.decoders)}, got {got!r}")
-        batch = next(iter(data.values())).shape[:-2]
-        for name, x in data.items():
-            width = getattr(self.encoders[name], "in_features", x.shape[-1] if x.ndim else 0)
-            if x.ndim < 2 or x.shape != (*batch, self.num_steps, width):
-                raise ValueError(
-                    f"data: expected {name!r} of shape {(*batch, self.num_steps, width)}, "
-                    f"got {tuple(x.shape)}"
-                )
-        for name, seen in (mask or {}).items():
-            if seen.dtype != torch.bool or seen.shape != (*batch, self.num_steps):
-                raise ValueError(
-                    f"mask: expected booleans {(*batch, self.num_steps)} for {name!r}, "
-                    f"got {seen.dtype} {tuple(seen.shape)}"
-                )
-
-    def _check_values(self, data: Series, mask: Series | None) -> None:
-        """Raise for values that a likelihood does not allow, where they can be read."""
-        for name, x in data.items():
-            if not values_readable(x):
-                continue
-            likelihood: Any = self.likelihoods[name]
-            valid = likelihood.valid(x)
-            if mask and name in mask:
-                valid = valid | ~mask[name][..., None]
-            if not valid.all():
-                kind, got = type(likelihood).__name__, x[~valid][0].item()
-                raise ValueError(f"data: expected {name!r} that {kind} allows, got {got}")
