@@ -64,6 +64,22 @@ def test_minimize_lbfgs_stops_at_max_iter_and_says_so():
     assert not found.converged
 
 
+def test_minimize_lbfgs_gives_up_at_a_jump():
+    """Halving steps towards a jump gains less and less and never ends by itself."""
+    evaluations = {}
+    for min_gain in (0.0, 1e-13):
+        x, count = torch.tensor([3.0, 1.0], dtype=torch.float64, requires_grad=True), []
+
+        def closure(x=x, count=count):
+            count.append(x.detach().clone())
+            return (x * torch.tensor([1.0, 0.3])).square().sum() + 5 * (x[0] < 1)
+
+        found = minimize_lbfgs(closure, [x], max_iter=300, min_gain=min_gain)
+        evaluations[min_gain] = len(count), found.value.item()
+    assert evaluations[1e-13][0] < 0.7 * evaluations[0.0][0]
+    assert evaluations[1e-13][1] == pytest.approx(evaluations[0.0][1], abs=1e-9)
+
+
 def test_minimize_lbfgs_refuses_bad_input():
     with pytest.raises(ValueError, match="params: expected at least one tensor"):
         minimize_lbfgs(lambda: torch.zeros(()), [torch.zeros(1)])

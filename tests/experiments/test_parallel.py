@@ -6,6 +6,9 @@ from matplotlib.figure import Figure
 
 from torchzoo.experiment import Measurement, reproduce
 from torchzoo.experiments.moe import parallel as unit
+from torchzoo.experiments.moe import parallel_cluster as cluster
+from torchzoo.experiments.moe.parallel_ranks import gathered_bytes
+from torchzoo.moe import ExpertPlacement, parallel
 
 
 def test_smoke_run():
@@ -61,46 +64,45 @@ def test_criteria_fail_on_one_bad_seed(changed, failing):
 
 
 def test_loads_are_zipf_and_drift():
-    steps = list(unit.drifting_loads(3, 0, skewed=True))
-    total = unit.DEVICES * unit.TOKENS * unit.TOP_K
+    steps = list(cluster.drifting_loads(3, 0, skewed=True))
+    total = cluster.DEVICES * cluster.TOKENS * cluster.TOP_K
     assert all((counts.sum((1, 2)) == total).all() for counts in steps)
     shares = [counts.sum(1) / total for counts in steps]
     assert (shares[0] - shares[1]).abs().max() > 0.005
     assert shares[0].max(1).values.min() > 0.1
-    (even,) = unit.drifting_loads(1, 0, skewed=False)
+    (even,) = cluster.drifting_loads(1, 0, skewed=False)
     torch.testing.assert_close(even.sum(1) / total, torch.full((4, 64), 1 / 64), rtol=0.05, atol=0)
 
 
 def test_plans_know_the_past_only():
-    loads = list(unit.drifting_loads(2, 0, skewed=True))
-    system = unit.System("FSSDP")
+    loads = list(cluster.drifting_loads(2, 0, skewed=True))
+    system = cluster.System("FSSDP")
     assert system.plan(0).sparsity == 0
     system.step(0, loads[0])
-    expected = loads[0][0].sum(0).topk(unit.OVERLAP).indices
+    expected = loads[0][0].sum(0).topk(cluster.OVERLAP).indices
     plan = system.plan(0)
     copied = (plan.materialized.sum(1) > 1).nonzero().flatten()
     assert set(copied.tolist()) == set(expected.tolist())
 
 
 def test_moving_experts_takes_time():
-    loads = next(iter(unit.drifting_loads(1, 0, skewed=True)))
-    byte_time = unit.STATE * unit.CONSTANTS["expert_bytes"]
-    for name in (*unit.REARRANGED, "FSSDP, sharded"):
-        system = unit.System(name, history=[loads.sum(1)])
+    loads = next(iter(cluster.drifting_loads(1, 0, skewed=True)))
+    byte_time = cluster.STATE * cluster.CONSTANTS["expert_bytes"]
+    for name in (*cluster.REARRANGED, "FSSDP, sharded"):
+        system = cluster.System(name, history=[loads.sum(1)])
         assert system._move(1) == 0
-        assert system._move(unit.REARRANGE_EVERY) > byte_time / unit.CONSTANTS["bw_intra"]
-    one = unit.System("permuted")
+        assert system._move(cluster.REARRANGE_EVERY) > byte_time / cluster.CONSTANTS["bw_intra"]
+    one = cluster.System("permuted")
     moved = one.owners.clone()
     moved[0, 0] = 31  # expert 0 of a layer from device 0 to another node, its partner stays
-    assert one._own([moved]) == pytest.approx(byte_time / unit.CONSTANTS["bw_inter"])
+    assert one._moved(moved) == pytest.approx(byte_time / cluster.CONSTANTS["bw_inter"])
 
 
 def test_gathered_bytes_are_counted_until_freed():
-    with unit.gathered_bytes() as count:
-        placement = unit.System("EP", owners=torch.zeros(1, 2).long()).owners[0]
+    with gathered_bytes() as count:
         held = torch.ones(2, 1, dtype=torch.bool)
-        plan = unit.ExpertPlacement(placement, held, node_size=1)
-        out = unit.parallel.sparse_all_gather(torch.ones(2, 3) * 2, plan)
+        plan = ExpertPlacement(torch.zeros(2).long(), held, node_size=1)
+        out = parallel.sparse_all_gather(torch.ones(2, 3) * 2, plan)
         assert count == {"now": 24, "peak": 24}
         del out
         assert count == {"now": 0, "peak": 24}

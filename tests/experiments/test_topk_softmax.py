@@ -114,8 +114,10 @@ def test_hellinger_is_the_integral_of_scipys_densities():
     for side in (1, -1):
         gap = (root(near, side) - root(unit.SPARSE_TRUTH, side)) ** 2
         squared += simpson(simpson(gap, x=y), x=x[:, 0]) / 4
-    models = [GaussianMoE.from_params(p, gate="topk", top_k=2) for p in (near, unit.SPARSE_TRUTH)]
-    assert unit.hellinger(*models) == pytest.approx(np.sqrt(squared), rel=1e-3)
+    both = (near, unit.SPARSE_TRUTH)
+    model, true = (GaussianMoE.from_params(p, gate="topk", top_k=2) for p in both)
+    distance = unit.hellinger(model, unit.root_density(true))
+    assert distance == pytest.approx(np.sqrt(squared), rel=1e-3)
 
 
 def test_loss_ignores_the_gates_anchor():

@@ -20,7 +20,8 @@ from torchzoo.moe import (
     sem_forest_importance,
 )
 from torchzoo.moe.growth_em import expectation_maximisation, update_gate
-from torchzoo.moe.growth_fitting import QUANTILE, relative_entropy
+from torchzoo.moe.growth_fitting import _scores
+from torchzoo.moe.growth_result import QUANTILE, objective, relative_entropy
 from torchzoo.moe.growth_starts import initial_params, shape_bounds
 from torchzoo.moe.sem_forest import best_split, forest_drops
 
@@ -204,6 +205,17 @@ def test_standard_errors_agree_with_a_parametric_bootstrap():
         free = se > 0
         ratio = values.std(0)[free] / se[free]
         assert ((ratio - 1).abs() < 0.15).all(), (name, ratio)
+
+
+def test_scores_are_the_subjects_gradients():
+    inputs, _ = panel(6)
+    model = GrowthMoE(2, 2, 1, time_range=(0.0, 7.0))
+    model.set_params(known())
+    given = tuple(inputs.get(name) for name in ("y", "t", "gate_x", "expert_x", "tvc_x", "mask"))
+    scores = _scores(model, given, objective(model, given)[0])
+    for density, score in zip(model(*given), scores, strict=True):
+        grads = torch.autograd.grad(density, list(model.parameters()), retain_graph=True)
+        torch.testing.assert_close(score, torch.cat([g.flatten() for g in grads]))
 
 
 def test_confidence_intervals_are_walds():

@@ -19,7 +19,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.utils.checkpoint import checkpoint
 
-from torchzoo.experiments.moe.parallel import train_on_ranks
+from torchzoo.experiments.moe.parallel_ranks import train_on_ranks
 from torchzoo.moe import (
     EPExperts,
     ExpertPlacement,

@@ -15,8 +15,10 @@ from torchzoo.moe import (
     simulate_step,
     sparse_materialize,
 )
-from torchzoo.moe.placement import _shares, contiguous_owner
+from torchzoo.moe.placement import contiguous_owner
+from torchzoo.moe.planning import _shares
 from torchzoo.moe.simulate import CONSTANTS, link_seconds, overlap_degree
+from torchzoo.moe.token_plan import token_flow
 
 
 @st.composite
@@ -197,6 +199,7 @@ def test_dispatch(cluster, seed):
     counts = torch.randint(0, 9, (devices, len(load)), generator=generator)
     plan = plan_dispatch(counts, held, node_size)
     assert plan.sum(-1).equal(counts)
+    assert token_flow(counts, held, node_size).equal(plan.sum(1).double())
     assert not plan[:, ~held].any()
     for source, expert in product(range(devices), range(len(load))):
         holders = set(held[expert].nonzero().flatten().tolist())
@@ -288,6 +291,10 @@ def test_links_of_a_node_are_shared():
     assert link_seconds(flow, 2, bw_intra=2.0, bw_inter=1.0) == 10
     assert link_seconds(flow, 2, bw_intra=0.5, bw_inter=1.0) == 16
     assert link_seconds(flow.T, 2, bw_intra=2.0, bw_inter=1.0) == 10
+    to_one = torch.zeros(4, 4)
+    to_one[:2, 2] = 3.0  # the receiver's link within the node, or the sender's, is the busiest
+    for one_node in (to_one, to_one.T):
+        assert link_seconds(one_node, 4, bw_intra=2.0, bw_inter=1.0) == 3
 
 
 def test_overlap_degree():

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
-from torchzoo.experiments.moe.parallel import small_model, train
+from torchzoo.experiments.moe.parallel_ranks import small_model, train
 from torchzoo.moe import (
     ExpertPlacement,
     FSSDPExperts,

@@ -4,10 +4,18 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
+
+STALL = 30
+"""Evaluations after which a search that gains nothing is stalled; a line search makes up to 26."""
+
+
+class _StalledError(Exception):
+    """Ends a search from within."""
 
 
 class Solution(NamedTuple):
@@ -32,6 +40,7 @@ def minimize_lbfgs(
     *,
     max_iter: int = 200,
     tol: float = 1e-9,
+    min_gain: float = 0.0,
 ) -> Solution:
     """Minimise a smooth full-batch objective in place by L-BFGS with a strong Wolfe line search.
 
@@ -45,6 +54,8 @@ def minimize_lbfgs(
             `.grad` is left as it was.
         max_iter: Most iterations.
         tol: Largest absolute gradient entry that counts as solved.
+        min_gain: Stop where 30 evaluations in a row, more than a line search makes, lower the
+            objective by no more than this, relative to its size where that is above 1.
 
     Returns:
         The `Solution`, its value detached.
@@ -79,6 +90,7 @@ def minimize_lbfgs(
         line_search_fn="strong_wolfe",
     )
     best: tuple[Tensor, float, list[Tensor]] | None = None
+    lows: list[float] = []  # the lowest objective after each evaluation
 
     def evaluate() -> Tensor:
         nonlocal best
@@ -93,10 +105,16 @@ def minimize_lbfgs(
         residual = max((g.abs().max().item() for g in slopes if g.numel()), default=0.0)
         if best is None or (loss, residual) < best[:2]:
             best = loss, residual, [p.detach().clone() for p in leaves]
+        if min_gain:
+            lows.append(best[0].item())
+            least = min_gain * max(1.0, abs(lows[-1]))
+            if len(lows) > STALL and lows[-1 - STALL] - lows[-1] <= least:
+                raise _StalledError
         return loss
 
     try:
-        optimizer.step(evaluate)
+        with suppress(_StalledError):
+            optimizer.step(evaluate)
     finally:
         for p, g in zip(leaves, grads, strict=True):
             p.grad = g

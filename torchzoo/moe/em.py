@@ -14,6 +14,7 @@ step and chosen anew after it; where that lowers the likelihood, the step is cut
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -21,7 +22,7 @@ import torch.nn.functional as F
 from einops import einsum, rearrange
 from torch import Tensor
 
-from torchzoo.common.solvers import minimize_lbfgs
+from torchzoo.moe.likelihood import gate_cross_entropy, minimize_known
 
 if TYPE_CHECKING:
     from torchzoo.moe.gaussian import GaussianMoE
@@ -129,13 +130,9 @@ def update_gate(model: GaussianMoE, x: Tensor, responsibilities: Tensor) -> None
         responsibilities: `(n, k)`, 0 for experts that are not chosen.
     """
     with torch.no_grad():
-        selected = model.selected(x)
-
-    def cross_entropy() -> Tensor:
-        terms = responsibilities * model.log_weights(x, selected=selected)
-        return -terms.where(responsibilities > 0, 0.0).sum(-1).mean()
-
-    minimize_lbfgs(cross_entropy, model.gate.parameters(), max_iter=GATE_STEPS)
+        unused = ~model.selected(x).mT
+    objective = partial(gate_cross_entropy, model.gate, x, responsibilities.mT, unused)
+    minimize_known(objective, model.gate.parameters(), max_iter=GATE_STEPS)
 
 
 def _climb_gate(model: GaussianMoE, x: Tensor, y: Tensor, responsibilities: Tensor) -> Tensor:

@@ -22,13 +22,8 @@ from torch.func import functional_call
 from torchzoo.hub import ZooModel
 from torchzoo.moe.collectives import Group, Traffic, exchange_rows, gather_counts, group_rank
 from torchzoo.moe.experts import GroupedExperts
-from torchzoo.moe.placement import (
-    ExpertPlacement,
-    check_nodes,
-    contiguous_owner,
-    one_owner,
-    plan_dispatch,
-)
+from torchzoo.moe.placement import ExpertPlacement, check_nodes, contiguous_owner, one_owner
+from torchzoo.moe.token_plan import plan_dispatch
 from torchzoo.registry import Comparison, Example, register
 
 

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torchzoo.common.solvers import minimize_lbfgs
 from torchzoo.moe.em import GATE_STEPS, update_experts
 from torchzoo.moe.gates import TopKGate
-from torchzoo.moe.gaussian import GaussianMoE, MoEParams
+from torchzoo.moe.gaussian import GaussianMoE
+from torchzoo.moe.gaussian_params import MoEParams
 from torchzoo.moe.routing import Gate, check_count
 
 

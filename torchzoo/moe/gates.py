@@ -208,12 +208,16 @@ class TopKGate(Gate):
 
     def choose(self, x: Tensor, logits: Tensor) -> Tensor:
         """`(..., k)`, the chosen experts of tokens `(..., dim)` with logits `(..., E)`."""
+        return top_k_experts(self.selection(x, logits), self.k)
+
+    def selection(self, x: Tensor, logits: Tensor) -> Tensor:
+        """`(..., E)`, scores whose `k` largest say which experts are chosen, without gradient."""
         selection = logits
         if self.choice_bias is not None:
             selection = logits.softmax(-1) + self.choice_bias.to(logits.dtype)
         if self.bias is not None and not self.select_with_bias:
             selection = self.linear(x, self.weight)
-        return top_k_experts(selection.detach(), self.k)
+        return selection.detach()
 
     def route(self, x: Tensor, logits: Tensor) -> Routing:
         """Choose the `k` best experts."""

@@ -23,69 +23,26 @@ from __future__ import annotations
 
 import copy
 import math
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributions import Categorical, MixtureSameFamily, Normal
 
-from torchzoo.common.solvers import minimize_lbfgs
 from torchzoo.hub import ZooModel
 from torchzoo.moe.dense_to_sparse import ActivationDenseToSparseGate, DenseToSparseGate
 from torchzoo.moe.em import fit_em
 from torchzoo.moe.gates import NoisyTopKGate, SoftmaxGate, TopKGate
-from torchzoo.moe.routing import Gate, check_count, without_autocast
+from torchzoo.moe.gaussian_params import MoEParams
+from torchzoo.moe.likelihood import minimize_known, negative_log_likelihood
+from torchzoo.moe.routing import Gate, check_count, top_k_mask, without_autocast
 from torchzoo.registry import Example, register
 
-
-class MoEParams(NamedTuple):
-    """Parameters of a Gaussian mixture of experts, with any leading batch dimensions.
-
-    `k` experts, `d` features.
-
-    Attributes:
-        beta0: `(..., k)`, biases of the gate.
-        beta1: `(..., k, d)`, weights of the gate.
-        a: `(..., k, d)`, slopes of the experts.
-        b: `(..., k)`, intercepts of the experts.
-        var: `(..., k)`, variances of the experts.
-        temperature: `(...)`, temperature of the gate; None counts as 1.
-    """
-
-    beta0: Tensor
-    beta1: Tensor
-    a: Tensor
-    b: Tensor
-    var: Tensor
-    temperature: Tensor | None = None
-
-    def anchored(self, *, linear: bool = True) -> MoEParams:
-        """The same density, written with 0 as the bias and weights of the last expert's gate.
-
-        A softmax ignores what its logits have in common, so that only anchored parameters can be
-        compared.
-
-        Args:
-            linear: Whether the gate is linear in x; if not, only the biases can be shifted.
-        """
-        beta1 = self.beta1 - self.beta1[..., -1:, :] if linear else self.beta1
-        return self._replace(beta0=self.beta0 - self.beta0[..., -1:], beta1=beta1)
-
-    def check(self, name: str = "params") -> None:
-        """Raise a ValueError, naming the field, where shapes don't fit each other."""
-        if self.beta1.ndim < 2:
-            got = tuple(self.beta1.shape)
-            raise ValueError(f"{name}.beta1: expected (..., k, d), got {got}")
-        batch, (k, d) = self.beta1.shape[:-2], self.beta1.shape[-2:]
-        wanted = {"beta0": (k,), "a": (k, d), "b": (k,), "var": (k,), "temperature": ()}
-        for field, tail in wanted.items():
-            value = getattr(self, field)
-            if value is not None and value.shape != (*batch, *tail):
-                raise ValueError(
-                    f"{name}.{field}: expected {(*batch, *tail)} as beta1 is "
-                    f"{tuple(self.beta1.shape)}, got {tuple(value.shape)}"
-                )
+MIN_GAIN = 1e-13
+"""Least gain of mean log-likelihood in a whole line search: where the experts chosen change, the
+likelihood jumps, and L-BFGS would halve its steps towards the jump for ever."""
 
 
 def _make_gate(
@@ -107,6 +64,13 @@ def _make_gate(
         return TopKGate(dim, num_experts, top_k, select_with_bias=with_bias, **factory)
     kinds = "'softmax', 'dense_to_sparse', 'activation', 'topk' or a Gate"
     raise ValueError(f"gate: expected {kinds}, got {kind!r}")
+
+
+def _check_responses(x: Tensor, y: Tensor) -> None:
+    if y.shape != x.shape[:-1]:
+        raise ValueError(
+            f"y: expected {tuple(x.shape[:-1])} as x is {tuple(x.shape)}, got {tuple(y.shape)}"
+        )
 
 
 def _check_gate(gate: Gate, dim: int, num_experts: int) -> None:
@@ -283,8 +247,7 @@ class GaussianMoE(ZooModel):
         logits = self.gate.score(x)
         if not isinstance(self.gate, TopKGate):
             return torch.ones_like(logits, dtype=torch.bool)
-        experts = self.gate.choose(x, logits)
-        return torch.zeros_like(logits, dtype=torch.bool).scatter(-1, experts, True)
+        return top_k_mask(self.gate.selection(x, logits), self.gate.k)
 
     def log_weights(self, x: Tensor, *, selected: Tensor | None = None) -> Tensor:
         """`(..., k)`, log-weights of the gate for inputs `(..., d)`; -inf off the top k.
@@ -295,10 +258,15 @@ class GaussianMoE(ZooModel):
             x: Inputs, `(..., d)`.
             selected: `(..., k)` bool, experts to use in place of the top k.
         """
+        logits = self.gate_logits(x)
         if not isinstance(self.gate, TopKGate):
-            return self.gate.log_probs(x)
+            return logits
         selected = self.selected(x) if selected is None else selected
-        return self.gate.score(x).masked_fill(~selected, -math.inf).log_softmax(-1)
+        return logits.masked_fill(~selected, -math.inf).log_softmax(-1)
+
+    def gate_logits(self, x: Tensor) -> Tensor:
+        """`(..., k)`, whose softmax over the selected experts are the weights of the gate."""
+        return self.gate.score(x) if isinstance(self.gate, TopKGate) else self.gate.log_probs(x)
 
     def expert_means(self, x: Tensor) -> Tensor:
         """`(..., k)`, the means `a_i^T x + b_i` for inputs `(..., d)`."""
@@ -323,10 +291,7 @@ class GaussianMoE(ZooModel):
 
     def log_joint(self, x: Tensor, y: Tensor) -> Tensor:
         """`(..., k)`, `log pi_i(x) + log N(y | a_i^T x + b_i, var_i)`, y `(...)`."""
-        if y.shape != x.shape[:-1]:
-            raise ValueError(
-                f"y: expected {tuple(x.shape[:-1])} as x is {tuple(x.shape)}, got {tuple(y.shape)}"
-            )
+        _check_responses(x, y)
         log_weights, mean = self.log_weights(x), self.expert_means(x)
         log_var = self.log_var.to(mean.dtype)
         squared = (y.unsqueeze(-1) - mean).square() * (-log_var).exp()
@@ -394,8 +359,11 @@ class GaussianMoE(ZooModel):
         elif method == "em":
             fit_em(self, x, y, max_iter=max_iter, tol=tol)
         elif method == "lbfgs":
-            minimize_lbfgs(
-                lambda: -self.log_prob(x, y).mean(), self.parameters(), max_iter=max_iter, tol=tol
+            _check_responses(x, y)
+            rows = x.reshape(-1, x.shape[-1])
+            objective = partial(negative_log_likelihood, self, rows, y.flatten())
+            minimize_known(
+                objective, self.parameters(), max_iter=max_iter, tol=tol, min_gain=MIN_GAIN
             )
         else:
             raise ValueError(f"method: expected 'lbfgs' or 'em', got {method!r}")

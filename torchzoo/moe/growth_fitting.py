@@ -3,88 +3,38 @@
 A start clusters the subjects by the coefficients of their own least-squares curves. All starts are
 climbed a few steps by expectation-maximisation at once and the best one to the top: by more of it,
 or by L-BFGS in coordinates in which the information at the start is the identity, so that a
-gradient is a distance in standard errors. At the top the inverse of the observed information, the
-negative Hessian of the log-likelihood, gives the covariance of all estimates.
+gradient is a distance in standard errors; that information is the sum of the squares of the
+subjects' scores, which costs one gradient (E. Berndt, B. Hall, R. Hall and J. Hausman, "Estimation
+and Inference in Nonlinear Structural Models", 1974). At the top the inverse of the observed
+information, the negative Hessian of the log-likelihood, gives the covariance of all estimates.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.func import functional_call, hessian, jacrev
+from torch import Tensor
+from torch.func import functional_call, grad, vmap
 
 from torchzoo.common.solvers import minimize_lbfgs
 from torchzoo.moe.growth import GrowthMoE, GrowthParams
 from torchzoo.moe.growth_em import expectation_maximisation
+from torchzoo.moe.growth_result import (
+    GrowthEstimates,
+    GrowthMoEFit,
+    Inputs,
+    objective,
+    relative_entropy,
+    split_vector,
+)
 from torchzoo.moe.growth_starts import best_start, shape_bounds
 from torchzoo.moe.routing import check_count
-
-QUANTILE = 1.959963984540054
-"""Of the standard normal distribution, at 0.975."""
 
 BOTH = ("gate_x", "expert_x")
 MODELS = {"full": BOTH, "expert": BOTH[1:], "gating": BOTH[:1], "mixture": BOTH[:0]}
 """For each nested model, the covariates it uses."""
-
-
-class GrowthEstimates(NamedTuple):
-    """A value for each parameter of a mixture of growth curves: an estimate, or its error.
-
-    Attributes:
-        gate_bias: `(K,)`, 0 for the first class.
-        gate_weight: `(K, g)`, 0 for the first class.
-        gamma: `(K, c)`, knots or rates.
-        alpha: `(K, d)`, means of the growth factors at the mean of the covariates.
-        beta: `(K, d, p)`, effects of the covariates.
-        psi: `(K, d, d)`, covariances of the growth factors.
-        theta: `(K,)`, residual variances.
-        kappa: `(K, q)`, effects of the time-varying covariates.
-    """
-
-    gate_bias: Tensor
-    gate_weight: Tensor
-    gamma: Tensor
-    alpha: Tensor
-    beta: Tensor
-    psi: Tensor
-    theta: Tensor
-    kappa: Tensor
-
-
-class GrowthMoEFit(NamedTuple):
-    """A fitted mixture of growth curves.
-
-    Attributes:
-        params: The estimates; classes are in increasing order of the knot or rate.
-        se: Their standard errors, from the observed information; 0 for what is fixed, NaN where
-            the information is not positive definite.
-        ci: Lower and upper ends of the 95 % Wald intervals.
-        loglik: Log-likelihood.
-        aic: Akaike's information criterion, `2 P - 2 loglik`.
-        bic: Bayesian information criterion, `P log n - 2 loglik`.
-        entropy: From 0 to 1, how clearly subjects belong to a class: 1 less their mean posterior
-            entropy in units of `log K`.
-        converged: Whether the search met its tolerance.
-        n_starts: Number of starts.
-        num_parameters: Number `P` of free parameters.
-        model: The `GrowthMoE`.
-    """
-
-    params: GrowthEstimates
-    se: GrowthEstimates
-    ci: tuple[GrowthEstimates, GrowthEstimates]
-    loglik: float
-    aic: float
-    bic: float
-    entropy: float
-    converged: bool
-    n_starts: int
-    num_parameters: int
-    model: GrowthMoE
 
 
 def fit_growth_moe(
@@ -281,7 +231,7 @@ def _restrict(params: GrowthParams, used: tuple[str, ...]) -> GrowthParams:
     return params if "expert_x" in used else params._replace(beta=params.beta[..., :0])
 
 
-def _climb(model: GrowthMoE, inputs: Any, method: str, max_iter: int, tol: float) -> bool:
+def _climb(model: GrowthMoE, inputs: Inputs, method: str, max_iter: int, tol: float) -> bool:
     """Climb from the present parameters; whether the top was reached.
 
     Where a knot meets a time, the likelihood has a kink, at which no gradient vanishes. There
@@ -304,11 +254,12 @@ def _climb(model: GrowthMoE, inputs: Any, method: str, max_iter: int, tol: float
     return bool(found.trace[-1] - found.trace[-2] <= tol)
 
 
-def _climb_by_lbfgs(model: GrowthMoE, inputs: Any, max_iter: int, tol: float) -> bool:
-    start, loss = _objective(model, inputs)
-    curvature, axes = torch.linalg.eigh(hessian(loss)(start))
-    # In directions of no or negative curvature a step is as long as in the flattest other one.
-    scales = curvature.abs().clamp_min(1e-6 * curvature.abs().max()).rsqrt()
+def _climb_by_lbfgs(model: GrowthMoE, inputs: Inputs, max_iter: int, tol: float) -> bool:
+    start, loss = objective(model, inputs)
+    scores = _scores(model, inputs, start)
+    curvature, axes = torch.linalg.eigh(scores.mT @ scores)
+    # In directions of no curvature a step is as long as in the flattest other one.
+    scales = curvature.clamp_min(1e-6 * curvature.max()).rsqrt()
     steps = torch.zeros_like(start, requires_grad=True)
 
     def point() -> Tensor:
@@ -320,67 +271,24 @@ def _climb_by_lbfgs(model: GrowthMoE, inputs: Any, max_iter: int, tol: float) ->
     return found.converged
 
 
-def _objective(model: GrowthMoE, inputs: Any) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-    """The free parameters as one vector, and the negative log-likelihood of such a vector."""
-    start = torch.nn.utils.parameters_to_vector(model.parameters()).detach().clone()
+def _scores(model: GrowthMoE, inputs: Inputs, vector: Tensor) -> Tensor:
+    """`(n, P)`, gradients of the subjects' log-likelihoods with respect to a vector of all."""
 
-    def loss(vector: Tensor) -> Tensor:
-        return -functional_call(model, _split(model, vector), inputs).sum()
+    def log_density(vector: Tensor, *subject: Tensor | None) -> Tensor:
+        return functional_call(model, split_vector(model, vector), subject)
 
-    return start, loss
-
-
-def _split(model: GrowthMoE, vector: Tensor) -> dict[str, Tensor]:
-    """The parameters by name, cut from a vector of all."""
-    named = dict(model.named_parameters())
-    parts = vector.split([p.numel() for p in named.values()])
-    return {name: part.view_as(p) for (name, p), part in zip(named.items(), parts, strict=True)}
+    subjects = tuple(None if value is None else 0 for value in inputs)
+    return vmap(grad(log_density), in_dims=(None, *subjects))(vector, *inputs)
 
 
-class _Estimates(nn.Module):
-    """A model's estimates as one vector, as a `forward`, which is what `functional_call` calls."""
-
-    def __init__(self, model: GrowthMoE) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self) -> Tensor:
-        params = self.model.params()
-        values = params._replace(scale_tril=params.psi)
-        return torch.cat([value.flatten() for value in values])
-
-
-def _inverse(information: Tensor) -> Tensor:
-    """The inverse of a positive definite matrix; NaN for any other."""
-    values, axes = torch.linalg.eigh(information)
-    least = len(values) * torch.finfo(values.dtype).eps * values.abs().max()
-    return (axes / torch.where(values > least, values, math.nan)) @ axes.mT
-
-
-def _report(model: GrowthMoE, inputs: Any, converged: bool, n_starts: int) -> GrowthMoEFit:
-    top, loss = _objective(model, inputs)
-    call = _Estimates(model)
-
-    def estimates(vector: Tensor) -> Tensor:
-        named = {f"model.{name}": part for name, part in _split(model, vector).items()}
-        return functional_call(call, named, ())
-
-    slopes, values = jacrev(estimates)(top), estimates(top)
-    se = (slopes @ _inverse(hessian(loss)(top)) @ slopes.mT).diagonal().sqrt()
-    shapes = [value.shape for value in model.params()]
-
-    def unflatten(vector: Tensor) -> GrowthEstimates:
-        parts = vector.split([shape.numel() for shape in shapes])
-        return GrowthEstimates(*(v.view(s) for v, s in zip(parts, shapes, strict=True)))
-
-    with torch.no_grad():
-        log_joint = model.log_joint(model.data(*inputs))
+@torch.no_grad()
+def _report(model: GrowthMoE, inputs: Inputs, converged: bool, n_starts: int) -> GrowthMoEFit:
+    params = model.params()
+    log_joint = model.log_joint(model.data(*inputs))
     loglik = log_joint.logsumexp(-1).sum().item()
-    count, n = top.numel(), len(log_joint)
+    count, n = sum(p.numel() for p in model.parameters()), len(log_joint)
     return GrowthMoEFit(
-        params=unflatten(values),
-        se=unflatten(se),
-        ci=(unflatten(values - QUANTILE * se), unflatten(values + QUANTILE * se)),
+        params=GrowthEstimates(*params[:5], params.psi, *params[6:]),
         loglik=loglik,
         aic=2 * count - 2 * loglik,
         bic=count * math.log(n) - 2 * loglik,
@@ -389,11 +297,5 @@ def _report(model: GrowthMoE, inputs: Any, converged: bool, n_starts: int) -> Gr
         n_starts=n_starts,
         num_parameters=count,
         model=model,
+        inputs=inputs,
     )
-
-
-def relative_entropy(posterior: Tensor) -> float:
-    """From 0 to 1, how clearly subjects belong to a class, for posteriors `(n, K)`."""
-    k = posterior.shape[-1]
-    disorder = -torch.xlogy(posterior, posterior).sum(-1).mean().item()
-    return 1 - disorder / math.log(k) if k > 1 else 1.0

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from torchzoo.moe.growth import GrowthMoE
-from torchzoo.moe.growth_fitting import GrowthMoEFit, fit_growth_moe
+from torchzoo.moe.growth_fitting import fit_growth_moe
+from torchzoo.moe.growth_result import GrowthMoEFit
 
 Array = npt.NDArray[np.float64]
 

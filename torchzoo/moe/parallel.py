@@ -21,7 +21,8 @@ from torchzoo.moe.collectives import sparse_all_gather
 from torchzoo.moe.expert_parallel import EPExperts, ShardedExperts
 from torchzoo.moe.experts import GroupedExperts
 from torchzoo.moe.layer import MoELayer
-from torchzoo.moe.placement import ExpertPlacement, one_owner, sparse_materialize
+from torchzoo.moe.placement import ExpertPlacement, one_owner
+from torchzoo.moe.planning import sparse_materialize
 from torchzoo.moe.prefetch import Copies, freed
 from torchzoo.moe.resharding import reshard
 from torchzoo.moe.routing import check_count

@@ -10,7 +10,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from torchzoo.moe.collectives import sparse_all_gather
-from torchzoo.moe.placement import ExpertPlacement, heterogeneous_shard, one_owner
+from torchzoo.moe.placement import ExpertPlacement, one_owner
+from torchzoo.moe.planning import heterogeneous_shard
 
 if TYPE_CHECKING:
     from torchzoo.moe.parallel import FSSDPExperts

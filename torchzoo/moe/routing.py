@@ -54,6 +54,26 @@ def top_k_experts(scores: Tensor, k: int) -> Tensor:
     return scores.sort(dim=-1, descending=True, stable=True).indices[..., :k]
 
 
+FEW = 8
+"""Numbers of experts up to which comparing all pairs is faster than sorting."""
+
+
+def top_k_mask(scores: Tensor, k: int, dim: int = -1) -> Tensor:
+    """Bool like the scores, True at the experts, along `dim`, that `top_k_experts` gives."""
+    num_experts = scores.shape[dim]
+    if k >= num_experts:
+        return torch.ones_like(scores, dtype=torch.bool)
+    if num_experts > FEW:
+        chosen = top_k_experts(scores.movedim(dim, -1), k).movedim(-1, dim)
+        return torch.zeros_like(scores, dtype=torch.bool).scatter(dim, chosen, True)
+    each = scores.unbind(dim)
+    kept = []
+    for i, own in enumerate(each):
+        ahead = [other >= own if j < i else other > own for j, other in enumerate(each) if j != i]
+        kept.append(torch.stack(ahead).sum(0) < k)
+    return torch.stack(kept, dim)
+
+
 def all_experts(weights: Tensor, logits: Tensor, probs: Tensor, mask: Tensor) -> Routing:
     """Routing with a slot for each expert; all arguments are `(T, E)`."""
     experts = torch.arange(logits.shape[-1], device=logits.device).expand_as(logits)

@@ -16,13 +16,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
-from torchzoo.moe.placement import (
-    ExpertPlacement,
-    dispatch_by_node,
-    sparse_materialize,
-)
+from torchzoo.moe.placement import ExpertPlacement
+from torchzoo.moe.planning import sparse_materialize
+from torchzoo.moe.token_plan import token_flow
 
 CONSTANTS: Mapping[str, float] = {
     "flops": 150e12,  # multiply and add counted as two, reached on an A100 in bfloat16
@@ -45,14 +44,19 @@ def link_seconds(flow: Tensor, node_size: int, *, bw_intra: float, bw_inter: flo
         bw_intra: Bytes a second of a device's link within its node, each way.
         bw_inter: Bytes a second of a node's link to the other nodes, each way.
     """
-    nodes = torch.arange(len(flow), device=flow.device) // node_size
-    same = nodes[:, None] == nodes
-    within = (flow * same).fill_diagonal_(0)
-    across = (flow * ~same).reshape(len(flow) // node_size, node_size, -1).sum(1)
-    across = across.reshape(len(across), -1, node_size).sum(2)  # (node, node)
-    device = max(float(within.sum(axis).max()) for axis in (0, 1))
-    node = max(float(across.sum(axis).max()) for axis in (0, 1))
-    return max(device / bw_intra, node / bw_inter)
+    return float(_link_times(flow, node_size, bw_intra=bw_intra, bw_inter=bw_inter))
+
+
+def _link_times(flow: Tensor, node_size: int, *, bw_intra: float, bw_inter: float) -> Tensor:
+    """Seconds `(...)` of exchanges `(..., D, D)`."""
+    blocks = rearrange(flow, "... (n i) (m j) -> ... n m i j", i=node_size, j=node_size)
+    across = blocks.sum((-2, -1))
+    across = across - torch.diag_embed(across.diagonal(dim1=-2, dim2=-1))  # node to node
+    within = blocks.diagonal(dim1=-4, dim2=-3)  # (..., i, j, node)
+    own = within.diagonal(dim1=-3, dim2=-2).mT
+    device = torch.stack([within.sum(-2) - own, within.sum(-3) - own]).amax((0, -2, -1))
+    node = torch.stack([across.sum(-1), across.sum(-2)]).amax((0, -1))
+    return torch.maximum(device / bw_intra, node / bw_inter)
 
 
 def simulate_step(
@@ -117,7 +121,7 @@ def simulate_step(
             raise ValueError(f"{name}: expected a number above 0, got {value!r}")
     used = late or plan
     links = {"bw_intra": bw_intra, "bw_inter": bw_inter}
-    tokens = _token_flow(loads, used)
+    tokens = token_flow(loads, used.materialized, used.node_size)
     received = tokens.sum(0)
     most, mean = float(received.max()), float(received.sum()) / len(received)
 
@@ -144,23 +148,12 @@ def simulate_step(
     }
 
 
-def _token_flow(loads: Tensor, placement: ExpertPlacement) -> Tensor:
-    """`(D, D)`, tokens from a device to a device."""
-    parts = dispatch_by_node(loads, placement.materialized, placement.node_size)
-    return torch.cat([part.sum(1) for part in parts]).double()
-
-
 def _rounds_seconds(
     placement: ExpertPlacement, expert_bytes: float, links: Mapping[str, float]
 ) -> float:
     """How long the rounds of a sparse all-gather take, one after the other."""
-    seconds = 0.0
-    for transfers in placement.rounds:
-        pairs = torch.tensor([transfer[1:] for transfer in transfers])
-        flow = torch.zeros(placement.num_devices, placement.num_devices, dtype=torch.float64)
-        flow.index_put_(tuple(pairs.T), torch.tensor(expert_bytes, dtype=torch.float64), True)
-        seconds += link_seconds(flow, placement.node_size, **links)
-    return seconds
+    flows = placement.flows * expert_bytes
+    return sum(_link_times(flows, placement.node_size, **links).tolist())
 
 
 def overlap_degree(

@@ -34,7 +34,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from torchzoo.moe.gaussian import MoEParams
+from torchzoo.moe.gaussian_params import MoEParams
 from torchzoo.moe.routing import check_count, top_k_experts
 from torchzoo.moe.voronoi import voronoi_cells
 

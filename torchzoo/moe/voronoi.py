@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, jacfwd
 
 from torchzoo.moe.dense_to_sparse import ActivationDenseToSparseGate
-from torchzoo.moe.gaussian import MoEParams
+from torchzoo.moe.gaussian_params import MoEParams
 from torchzoo.moe.routing import Gate, check_count
 
 Order = float | Sequence[float] | Callable[[int], Sequence[float]]

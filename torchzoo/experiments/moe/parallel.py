@@ -1,336 +1,44 @@
 """Paper 56: does gathering the busiest experts pay where their loads fluctuate?
 
 Two parts. Four gloo processes train for real: their weights are compared with those of one process,
-and bytes and memory are counted. A cost model then simulates a cluster of 32 devices under drifting
-loads; its latencies are predictions, not measured speeds.
+and bytes and memory are counted (`parallel_ranks`). A cost model then simulates a cluster of 32
+devices under drifting loads (`parallel_cluster`); its latencies are predictions, not measured
+speeds.
 """
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-import torch
-import torch.distributed as dist
-from scipy.special import softmax
-from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-
 from torchzoo.experiment import Claim, Context, Criterion, Experiment, Measurements
-from torchzoo.moe import (
-    ExpertPlacement,
-    FSSDPExperts,
-    GroupedExperts,
-    MoELayer,
-    calibrate,
-    collectives,
-    heterogeneous_shard,
-    overlap_degree,
-    parallel,
-    parallelize_moe,
-    simulate_step,
-    sparse_materialize,
+from torchzoo.experiments.moe.parallel_cluster import (
+    CAPACITY,
+    DECAY,
+    DEVICES,
+    EXPERTS,
+    FSSDP,
+    LAYERS,
+    OVERLAP,
+    REARRANGE_EVERY,
+    REARRANGED,
+    RESHARD_EVERY,
+    SPREAD,
+    SYSTEMS,
+    TOKENS,
+    TOP_K,
+    WINDOW,
+    ZIPF,
+    simulate,
 )
-from torchzoo.moe.placement import contiguous_owner, one_owner
-from torchzoo.moe.routing import Routing, chosen_experts, top_k_experts
-from torchzoo.moe.simulate import CONSTANTS, link_seconds
+from torchzoo.experiments.moe.parallel_ranks import (
+    RANKS,
+    SMALL_EXPERTS,
+    SMALL_LAYERS,
+    STEPS,
+    train_on_ranks,
+)
+from torchzoo.moe.simulate import CONSTANTS
 from torchzoo.testing.ranks import run_ranks
-
-# The cluster that is simulated
-NODES, NODE_SIZE, EXPERTS, LAYERS = 4, 8, 64, 4
-DEVICES = NODES * NODE_SIZE
-TOKENS, TOP_K = 8192, 2  # of a device
-ZIPF, DECAY, SPREAD = 1.2, 0.95, 1.0  # AR(1) deviations of the logits, of this standard deviation
-CAPACITY, WINDOW = 4, 5
-OVERLAP = overlap_degree(
-    CONSTANTS["non_moe_seconds"], CONSTANTS["bw_inter"], CONSTANTS["expert_bytes"], EXPERTS
-)
-REARRANGE_EVERY, RESHARD_EVERY, STATE = 10, 50, 6  # STATE: parameter bytes that move with an expert
-FSSDP = ("FSSDP", "FSSDP, sharded", "FSSDP, calibrated")
-REARRANGED = ("permuted", "replicated")
-SYSTEMS = ("EP", *REARRANGED, *FSSDP)
-
-# The training that is run
-RANKS, SMALL_EXPERTS, DIM, SMALL_LAYERS, BATCH, STEPS = 4, 16, 16, 4, 64, 20
-SMALL_CAPACITY = 3
-
-
-# Simulation
-
-
-def drifting_loads(steps: int, seed: int, *, skewed: bool) -> Iterator[Tensor]:
-    """For each step `(LAYERS, DEVICES, EXPERTS)`, tokens of a device for an expert."""
-    random = np.random.default_rng(seed)
-    rank = np.stack([random.permutation(EXPERTS) for _ in range(LAYERS)])
-    base = -ZIPF * np.log(1.0 + rank) * skewed
-    noise = np.zeros((LAYERS, EXPERTS))
-    for step in range(steps):
-        fresh = random.normal(size=noise.shape) * SPREAD * skewed
-        noise = DECAY * noise + (1 - DECAY**2) ** 0.5 * fresh if step else fresh
-        probs = softmax(base + noise, axis=-1)
-        counts = [random.multinomial(TOKENS * TOP_K, p, size=DEVICES) for p in probs]
-        yield torch.from_numpy(np.stack(counts))
-
-
-@dataclass
-class System:
-    """A way of training: plans from past loads, and what a step then costs."""
-
-    name: str
-    owners: Tensor = field(
-        default_factory=lambda: contiguous_owner(EXPERTS, DEVICES).repeat(LAYERS, 1)
-    )
-    history: list[Tensor] = field(default_factory=list)  # (LAYERS, EXPERTS) of the last steps
-    kept: list[ExpertPlacement] = field(default_factory=list)  # plans that stay, by layer
-    copies: int = 0  # the most copies of a device and layer so far
-
-    def plan(self, layer: int, capacity: int = CAPACITY) -> ExpertPlacement:
-        """Copies of the experts that were busiest in the last steps."""
-        owner = self.owners[layer]
-        held = one_owner(owner, DEVICES)
-        if self.history:
-            held = sparse_materialize(
-                owner,
-                torch.stack(self.history)[:, layer].sum(0),
-                overlap_degree=OVERLAP,
-                memory_capacity=capacity,
-                node_size=NODE_SIZE,
-                num_devices=DEVICES,
-            )
-        return ExpertPlacement(owner, held, node_size=NODE_SIZE)
-
-    def step(self, index: int, counts: Tensor) -> dict[str, float]:
-        """Latency, straggler ratio and balanced bound of a step, all layers together."""
-        moving = self._move(index)
-        steps = [self._layer(layer, loads) for layer, loads in enumerate(counts)]
-        self.history = [*self.history, counts.sum(1)][-WINDOW:]
-        return {
-            "latency": moving + sum(step["latency"] for step in steps),
-            "balanced": sum(step["balanced"] for step in steps),
-            "straggler_ratio": sum(step["straggler_ratio"] for step in steps) / LAYERS,
-        }
-
-    def _layer(self, layer: int, loads: Tensor) -> dict[str, float]:
-        late = None
-        if self.name == "replicated" and self.kept:
-            plan = self.kept[layer]
-        elif self.name == "FSSDP, calibrated":
-            plan = self.plan(layer, CAPACITY // 2)
-            more = calibrate(loads, plan, overlap_degree=OVERLAP, memory_capacity=CAPACITY)
-            late = None if more is plan else more
-        elif self.name in FSSDP:
-            plan = self.plan(layer)
-        else:
-            owner = self.owners[layer]
-            plan = ExpertPlacement(owner, one_owner(owner, DEVICES), node_size=NODE_SIZE)
-        used = (late or plan).materialized
-        own = one_owner(self.owners[layer], DEVICES)
-        self.copies = max(self.copies, int((used & ~own).sum(0).max()))
-        step = simulate_step(loads, plan, late=late)
-        if self.name == "replicated":  # copies stay, so that no gather precedes forward
-            step["latency"] -= max(0.0, step["gather_time"] - CONSTANTS["non_moe_seconds"])
-        return step
-
-    def _move(self, index: int) -> float:
-        """Change what changes rarely; the seconds that moving experts with their states takes."""
-        if self.name == "replicated" and index and index % REARRANGE_EVERY == 0:
-            new = [self.plan(layer) for layer in range(LAYERS)]
-            pairs = list(zip(self.kept or [None] * LAYERS, new, strict=True))
-            self.kept = new
-            return sum(map(self._copy_seconds, *zip(*pairs, strict=True)))
-        if self.name == "permuted" and index and index % REARRANGE_EVERY == 0:
-            loads = torch.stack(self.history).sum(0)
-            return self._own([self._shard(loads[i : i + 1], 0) for i in range(LAYERS)])
-        first = index == REARRANGE_EVERY
-        if self.name in FSSDP[1:] and (first or (index and index % RESHARD_EVERY == 0)):
-            return self._own([self._shard(torch.stack(self.history).sum(0), OVERLAP)])
-        return 0.0
-
-    @staticmethod
-    def _shard(loads: Tensor, overlap: int) -> Tensor:
-        return heterogeneous_shard(
-            loads, overlap_degree=overlap, num_devices=DEVICES, node_size=NODE_SIZE
-        )
-
-    def _own(self, owners: list[Tensor]) -> float:
-        """Take new owners; the seconds of moving parameters and states to them."""
-        new = torch.cat(owners)
-        flow = torch.zeros(DEVICES, DEVICES, dtype=torch.float64)
-        one = torch.ones(new.numel(), dtype=torch.float64)
-        flow.index_put_((self.owners.flatten(), new.flatten()), one, accumulate=True)
-        self.owners = new
-        return _seconds(flow * STATE * CONSTANTS["expert_bytes"])
-
-    def _copy_seconds(self, old: ExpertPlacement | None, new: ExpertPlacement) -> float:
-        """The seconds of bringing parameters and states to devices that lack them."""
-        have = one_owner(new.owner, DEVICES)
-        here = have if old is None else old.materialized
-        held = have | (new.materialized & ~here)
-        flows = ExpertPlacement(new.owner, held, node_size=NODE_SIZE).rounds
-        seconds = 0.0
-        for transfers in flows:
-            flow = torch.zeros(DEVICES, DEVICES, dtype=torch.float64)
-            for _, source, target in transfers:
-                flow[source, target] += STATE * CONSTANTS["expert_bytes"]
-            seconds += _seconds(flow)
-        return seconds
-
-
-def _seconds(flow: Tensor) -> float:
-    return link_seconds(
-        flow, NODE_SIZE, bw_intra=CONSTANTS["bw_intra"], bw_inter=CONSTANTS["bw_inter"]
-    )
-
-
-def simulate(
-    names: tuple[str, ...], steps: int, seed: int, *, skewed: bool, tick: Callable[[str], None]
-) -> dict[str, dict[str, float]]:
-    """Mean figures of a step for each system, on the same loads."""
-    systems = [System(name) for name in names]
-    sums: dict[str, dict[str, float]] = {name: {} for name in names}
-    for index, counts in enumerate(drifting_loads(steps, seed, skewed=skewed)):
-        tick(f"simulated step {index + 1} of {steps}")
-        for system in systems:
-            for key, value in system.step(index, counts).items():
-                sums[system.name][key] = sums[system.name].get(key, 0.0) + value / steps
-    return {s.name: sums[s.name] | {"copies": float(s.copies)} for s in systems}
-
-
-# Training on four processes
-
-
-class SampledGate(nn.Module):
-    """Top 2 of logits that are given for each batch, as a drifting router would sample them."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.num_experts = SMALL_EXPERTS
-        self.logits = torch.zeros(0, SMALL_EXPERTS)
-
-    def forward(self, x: Tensor) -> Routing:
-        probs = self.logits.softmax(-1)
-        experts = top_k_experts(self.logits, TOP_K)
-        return chosen_experts(probs.gather(1, experts), experts, self.logits, probs)
-
-
-def small_model(seed: int) -> nn.ModuleList:
-    """Layers of experts."""
-    torch.manual_seed(seed)
-    return nn.ModuleList(
-        MoELayer(SampledGate(), GroupedExperts(DIM, 2 * DIM, SMALL_EXPERTS, activation="gelu"))
-        for _ in range(SMALL_LAYERS)
-    )
-
-
-def train(model: nn.ModuleList, seed: int, part: Callable[[Tensor], Tensor], steps: int) -> Any:
-    """AdamW on a regression, with Zipf routing whose order of experts drifts; the optimizer."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(SMALL_EXPERTS, generator=generator)
-    for step in range(steps):
-        x, target = torch.randn(2, BATCH, DIM, generator=generator)
-        zipf = -ZIPF * (1.0 + order.roll(step // 4)).log()
-        noise = torch.rand(len(model), BATCH, SMALL_EXPERTS, generator=generator)
-        logits = (
-            zipf - (-noise.clamp(1e-9, 1 - 1e-7).log()).log()
-        )  # Gumbel: samples without repeats
-        y = part(x)
-        for layer, of_layer in zip(model, logits, strict=True):
-            assert isinstance(layer, MoELayer)
-            layer.gate.logits = part(of_layer)
-            y = y + layer(y)
-        optimizer.zero_grad()
-        ((y - part(target)).square().sum() / target.numel()).backward()
-        optimizer.step()
-    return optimizer
-
-
-def nbytes(weights: list[nn.Parameter], optimizer: torch.optim.Optimizer) -> int:
-    """Bytes of parameters, gradients and optimizer states."""
-    tensors = [t for w in weights for t in (w, w.grad, *optimizer.state[w].values())]
-    return sum(tensor.nbytes for tensor in tensors if tensor is not None)
-
-
-@contextmanager
-def gathered_bytes() -> Iterator[dict[str, int]]:
-    """Counts the most bytes of gathered weights alive at once, with the gradients of one."""
-    count = {"now": 0, "peak": 0}
-    gather, reduce = parallel.sparse_all_gather, collectives.sparse_reduce_scatter
-
-    def freed(size: int) -> None:
-        count["now"] -= size
-
-    def counted_gather(*args: Any, **options: Any) -> Tensor:
-        out = gather(*args, **options)
-        count["now"] += out.nbytes
-        count["peak"] = max(count["peak"], count["now"])
-        weakref.finalize(out, freed, out.nbytes)
-        return out
-
-    def counted_reduce(local: Tensor, *args: Any, **options: Any) -> Tensor:
-        out = reduce(local, *args, **options)
-        # the gradient of the copies, and a working copy of it
-        count["peak"] = max(count["peak"], count["now"] + 2 * local.nbytes + out.nbytes)
-        return out
-
-    parallel.sparse_all_gather = counted_gather
-    collectives.sparse_reduce_scatter = counted_reduce
-    try:
-        yield count
-    finally:
-        parallel.sparse_all_gather = gather
-        collectives.sparse_reduce_scatter = reduce
-
-
-def replicated_bytes(experts: list[FSSDPExperts]) -> int:
-    """Bytes of a rank that keeps all its copies with gradients and optimizer states."""
-    weights: list[nn.Parameter] = []
-    for layer in experts:
-        copies = layer.holders(torch.zeros(layer.size, layer.num_experts).long())
-        for whole in layer.full_state_dict().values():
-            weights += [nn.Parameter(whole[e].clone()) for e in copies.held(layer.rank)]
-    optimizer = torch.optim.AdamW(weights)
-    for weight in weights:
-        weight.grad = torch.zeros_like(weight)
-    optimizer.step()
-    return nbytes(weights, optimizer)
-
-
-def train_on_ranks(seed: int, steps: int) -> dict[str, float]:
-    """What a rank of the process group measures; the weights are compared on every rank."""
-    size = dist.get_world_size()
-    alone = small_model(seed)
-    train(alone, seed, lambda x: x, steps)
-    plain = [layer.get_submodule("experts") for layer in alone]
-    model, mesh = small_model(seed), init_device_mesh("cpu", (size,), mesh_dim_names=("ep",))
-    for layer in model:
-        options = {"overlap_degree": 2 * SMALL_CAPACITY, "memory_capacity": SMALL_CAPACITY}
-        parallelize_moe(layer, mesh, mode="fssdp", **options)
-    with gathered_bytes() as live:
-        optimizer = train(model, seed, lambda x: x.chunk(size)[dist.get_rank()], steps)
-    found = [layer.get_submodule("experts") for layer in model]
-    experts = [layer for layer in found if isinstance(layer, FSSDPExperts)]
-    difference = 0.0
-    for ours, theirs in zip(experts, plain, strict=True):
-        for name, weight in ours.full_state_dict().items():
-            expected = theirs.get_parameter(name)
-            difference = max(difference, float((weight - expected).detach().abs().max()))
-    whole = sum(w.nbytes for layer in plain for w in layer.parameters())
-    gathers = experts[0].traffic.calls["sparse_all_gather"] / len(experts[0].names)
-    return {
-        "difference": difference,
-        "received": sum(e.traffic.received["sparse_all_gather"] for e in experts),
-        "all-gather": gathers * whole * (size - 1) / size,
-        "memory": nbytes([*model.parameters()], optimizer) + live["peak"],
-        "replicated": replicated_bytes(experts),
-    }
-
-
-# The experiment
 
 
 def figure_name(system: str, what: str, loads: str = "skewed") -> str:
