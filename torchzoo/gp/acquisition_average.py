@@ -53,9 +53,12 @@ class AveragedAcquisition(nn.Module):
     """
 
     def __init__(
-        self, models: Iterable[Any], make: Callable[[Any], Callable[[Tensor], Tensor]],
-        *, log: bool = False,
-    ):  # fmt: skip
+        self,
+        models: Iterable[Any],
+        make: Callable[[Any], Callable[[Tensor], Tensor]],
+        *,
+        log: bool = False,
+    ):
         super().__init__()
         self.each = [make(model) for model in models]
         if not self.each:

@@ -126,7 +126,8 @@ class DerivativeKnowledgeGradient(OneStep):
         ).to(mean)
         other = torch.cat([half, -half]) @ slope[..., 1:].flatten(0, 1).mT
         a = mean + other.unflatten(-1, slope.shape[:2])
-        ahead = (a.amax(-1) - mean.amax()).mean(0)  # at least 0, as each point has its negative
+        # at least 0 but for rounding, as each point has its negative
+        ahead = (a.amax(-1) - mean.amax()).mean(0).clamp_min(0)
         return (ahead + expected_rise(a, slope[..., 0]).mean(0)).reshape(x.shape[:-2])
 
     def _slopes(self, x: Tensor) -> tuple[Tensor, Tensor]:
