@@ -105,7 +105,7 @@ def _batch_card(x: tuple[int, ...]) -> Example:
     return Example({"num_features": x[1]}, (torch.randn(x),), bad_options=bad)
 
 
-@register(
+_batch_layer = register(
     paper=40,
     example=lambda: _batch_card((3, 4, 2, 3)),
     exempt=FIXED_RANK,
@@ -113,6 +113,9 @@ def _batch_card(x: tuple[int, ...]) -> Example:
         {"num_features": 64}, (torch.randn(32, 64, 32, 32),), peers.NORM_ACTIVATIONS
     ),
 )
+
+
+@_batch_layer
 class EvoNormB0(_BatchEvoNorm):
     """Batch and instance deviation in place of BatchNorm and ReLU, for large batches.
 
@@ -151,14 +154,7 @@ class EvoNormB0(_BatchEvoNorm):
         return instance_term(x, self.v, self.eps)
 
 
-@register(
-    paper=40,
-    example=lambda: _batch_card((3, 4, 2, 3)),
-    exempt=FIXED_RANK,
-    compare=lambda: Comparison(
-        {"num_features": 64}, (torch.randn(32, 64, 32, 32),), peers.NORM_ACTIVATIONS
-    ),
-)
+@_batch_layer
 class EvoNormB1(_BatchEvoNorm):
     """`EvoNormB0` with (x + 1) times the instance's root mean square, and no `v`.
 
@@ -189,14 +185,7 @@ class EvoNormB1(_BatchEvoNorm):
         return (x + 1) * instance_rms(x, self.eps)
 
 
-@register(
-    paper=40,
-    example=lambda: _batch_card((3, 4, 2, 3)),
-    exempt=FIXED_RANK,
-    compare=lambda: Comparison(
-        {"num_features": 64}, (torch.randn(32, 64, 32, 32),), peers.NORM_ACTIVATIONS
-    ),
-)
+@_batch_layer
 class EvoNormB2(_BatchEvoNorm):
     """`EvoNormB0` with the instance's root mean square minus x, and no `v`.
 

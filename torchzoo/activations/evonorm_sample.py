@@ -54,7 +54,7 @@ def _sample_card(x: tuple[int, ...]) -> Example:
     return Example({"num_features": x[1], "groups": 2}, (torch.randn(x),), bad_options=bad)
 
 
-@register(
+_sample_layer = register(
     paper=40,
     example=lambda: _sample_card((3, 4, 2, 3)),
     exempt=FIXED_RANK,
@@ -62,6 +62,9 @@ def _sample_card(x: tuple[int, ...]) -> Example:
         {"num_features": 64}, (torch.randn(32, 64, 32, 32),), peers.NORM_ACTIVATIONS
     ),
 )
+
+
+@_sample_layer
 class EvoNormS0(_SampleEvoNorm):
     """A gated value over its group's deviation in place of GroupNorm and SiLU.
 
@@ -94,14 +97,7 @@ class EvoNormS0(_SampleEvoNorm):
     has_v = True
 
 
-@register(
-    paper=40,
-    example=lambda: _sample_card((3, 4, 2, 3)),
-    exempt=FIXED_RANK,
-    compare=lambda: Comparison(
-        {"num_features": 64}, (torch.randn(32, 64, 32, 32),), peers.NORM_ACTIVATIONS
-    ),
-)
+@_sample_layer
 class EvoNormS1(_SampleEvoNorm):
     """`EvoNormS0` with a plain SiLU: no `v`.
 
@@ -128,14 +124,7 @@ class EvoNormS1(_SampleEvoNorm):
     """
 
 
-@register(
-    paper=40,
-    example=lambda: _sample_card((3, 4, 2, 3)),
-    exempt=FIXED_RANK,
-    compare=lambda: Comparison(
-        {"num_features": 64}, (torch.randn(32, 64, 32, 32),), peers.NORM_ACTIVATIONS
-    ),
-)
+@_sample_layer
 class EvoNormS2(_SampleEvoNorm):
     """`EvoNormS1` with the group's root mean square in place of its deviation.
 

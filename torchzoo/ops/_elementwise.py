@@ -11,9 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
-from torchzoo.ops.calling import loop_over_batch
+from torchzoo.ops.calling import forward_mode, loop_over_batch
 from torchzoo.ops.rows import wide
 
 
@@ -50,7 +49,7 @@ def differentiate_formula() -> bool:
 
     Compilers fuse the formula; forward mode and the gradients of `torch.func` need it.
     """
-    if torch.compiler.is_compiling() or getattr(forward_ad, "_current_level", 0) >= 0:
+    if torch.compiler.is_compiling() or forward_mode():
         return True
     return torch._C._functorch.peek_interpreter_stack() is not None
 

@@ -9,9 +9,8 @@ from math import prod
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
-from torchzoo.ops.calling import below_autograd, loop_over_batch
+from torchzoo.ops.calling import below_autograd, forward_mode, loop_over_batch
 
 
 def diagonal_step(
@@ -81,7 +80,7 @@ def _check(u: Tensor, state: Tensor, a_bar: Tensor, b_bar: Tensor, readout: Tens
 
 
 def _differentiable(*inputs: Tensor) -> bool:
-    if torch.compiler.is_compiling() or getattr(forward_ad, "_current_level", 0) >= 0:
+    if torch.compiler.is_compiling() or forward_mode():
         return True
     return torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
 
