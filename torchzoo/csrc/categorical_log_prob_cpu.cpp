@@ -196,7 +196,7 @@ Tensor categorical_log_prob(const Tensor& logits, const Tensor& x) {
   const Sizes n = check("categorical_log_prob", logits, x);
   const Tensor table = torch::stable::contiguous(logits), values = torch::stable::contiguous(x);
   const int64_t* at = check_values("categorical_log_prob", values, n);
-  Tensor out = torch::stable::new_empty(logits, {n.folds, n.batch, n.units});
+  Tensor out = fresh(logits, {n.folds, n.batch, n.units});
   if (logits.scalar_type() == ScalarType::Double) run<double>(n, table, at, out);
   else run<float>(n, table, at, out);
   return out;
@@ -211,7 +211,7 @@ Tensor categorical_log_prob_backward(const Tensor& grad, const Tensor& logits, c
   const Tensor table = torch::stable::contiguous(logits), values = torch::stable::contiguous(x);
   const Tensor above = torch::stable::contiguous(grad);
   const int64_t* at = check_values(op, values, n);
-  Tensor out = torch::stable::new_empty(logits, {n.folds, n.values, n.units});
+  Tensor out = fresh(logits, {n.folds, n.values, n.units});
   if (logits.scalar_type() == ScalarType::Double) run_back<double>(n, above, table, at, out);
   else run_back<float>(n, above, table, at, out);
   return out;

@@ -71,7 +71,7 @@ Tensor cauchy(const Tensor& v, const Tensor& z, const Tensor& w, int64_t power) 
                       v.size(0) == w.size(0) && v.size(1) == w.size(1) && power >= 1,
                   "cauchy: shapes that don't fit together");
   const Tensor nodes = contiguous(z);
-  Tensor y = torch::stable::empty_like(nodes);
+  Tensor y = fresh(nodes);
   if (type == ScalarType::Double) run<double>(contiguous(v), nodes, contiguous(w), power, y);
   else run<float>(contiguous(v), nodes, contiguous(w), power, y);
   return y;

@@ -23,6 +23,10 @@
 #include <utility>
 #include <vector>
 
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
 namespace torchzoo {
 
 using torch::headeronly::ScalarType;
@@ -64,13 +68,45 @@ inline Tensor dense(const Tensor& t) {
   return t.is_contiguous() ? t : torch::stable::contiguous(t);
 }
 
+// Asks for huge pages where the system has them: large results and scratch lie in memory that the process
+// has just got, which costs a fault for each page at its first write, and of 2 MiB pages there are 512
+// times fewer. They also need fewer entries in the tables that translate addresses.
+inline void in_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] size_t bytes) {
+#ifdef MADV_HUGEPAGE
+  constexpr uintptr_t huge = 2 << 20;
+  const auto start = reinterpret_cast<uintptr_t>(data);
+  const uintptr_t first = (start + huge - 1) / huge * huge, last = (start + bytes) / huge * huge;
+  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // if it can
+#endif
+}
+
+inline Tensor in_huge_pages(Tensor t) {
+  in_huge_pages(t.mutable_data_ptr(), t.numel() * t.element_size());
+  return t;
+}
+
+// torch's `new_empty` and `empty_like`, in huge pages.
+template <class... Type>
+Tensor fresh(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef sizes, Type... type) {
+  return in_huge_pages(torch::stable::new_empty(like, sizes, type...));
+}
+
+inline Tensor fresh(const Tensor& like) { return in_huge_pages(torch::stable::empty_like(like)); }
+
 inline Tensor fresh_like(const Tensor& dense) {
   AtenTensorHandle made;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
       dense.dim(), dense.sizes().data(), dense.strides().data(),
       torch::stable::detail::to<int32_t>(torch::stable::detail::from(dense.scalar_type())),
       aoti_torch_device_type_cpu(), 0, &made));
-  return Tensor(made);
+  return in_huge_pages(Tensor(made));
+}
+
+// Calls op.operator()<T>() with the type of a tensor that is known to be of float64 or float32.
+template <class Op>
+void with_type(const Tensor& tensor, const Op& op) {
+  if (tensor.scalar_type() == ScalarType::Double) return op.template operator()<double>();
+  op.template operator()<float>();
 }
 
 }  // namespace torchzoo

@@ -217,7 +217,7 @@ std::tuple<Tensor, Tensor> delta_conv2d_step(const Tensor& x, const Tensor& x_re
   const Inputs in{contiguous(x),        contiguous(x_ref), contiguous(acc),
                   contiguous(weight_t), quantum ? std::optional(contiguous(*quantum)) : std::nullopt,
                   threshold,            rows,              columns};
-  Tensor new_acc = torch::stable::empty_like(in.acc), new_ref = torch::stable::empty_like(in.x_ref);
+  Tensor new_acc = fresh(in.acc), new_ref = fresh(in.x_ref);
   if (x.numel() == 0) return {new_acc, new_ref};
   if (acc.scalar_type() == ScalarType::Double) step<double>(in, new_acc, new_ref);
   else step<float>(in, new_acc, new_ref);

@@ -90,8 +90,8 @@ std::tuple<Tensor, Tensor> diagonal_step(const Tensor& u, const Tensor& x, const
   };
   const StepSizes s = step_sizes(u, x, a, b, r);
   const Tensor state = contiguous(x);
-  Tensor y = torch::stable::new_empty(u, {s.samples, s.channels, s.features});
-  Tensor to = torch::stable::empty_like(state);
+  Tensor y = fresh(u, {s.samples, s.channels, s.features});
+  Tensor to = fresh(state);
   if (x.scalar_type() == ScalarType::Double)
     run<double>(s, contiguous(u), state, contiguous(a), contiguous(b), contiguous(r), y, to);
   else

@@ -116,7 +116,7 @@ void for_stretches(int64_t size, int64_t features, const Run& run) {
 template <class Make>
 Tensor elementwise(const char* op, const Tensor& x, const Tensor& p, const Make& make) {
   check_parameter(op, x, p);
-  Tensor y = empty_result(x, p);
+  Tensor y = in_huge_pages(empty_result(x, p));
   const Tensor in = in_order_of(x, y);
   const int64_t size = x.numel();
   for_type(op, x, [&](auto zero) {
@@ -174,7 +174,7 @@ std::tuple<Tensor, Tensor> elementwise_backward(const char* op, const Tensor& gr
                                                 const Tensor& p, const Make& make) {
   check_parameter(op, x, p);
   check_gradient(op, grad, x);
-  Tensor dx = empty_result(x, p), dp = torch::stable::empty_like(p);
+  Tensor dx = in_huge_pages(empty_result(x, p)), dp = fresh(p);
   const Tensor in = in_order_of(x, dx), g = in_order_of(grad, dx);
   for_type(op, x, [&](auto zero) {
     using T = decltype(zero);

@@ -145,7 +145,7 @@ void for_groups(const Sizes& s, const Run& run) {
 Tensor evonorm_sample(const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& v,
                       int64_t groups, double eps, bool centred) {
   const Sizes s = check_sizes("evonorm_sample", x, {weight, bias, v}, groups);
-  Tensor y = torch::stable::empty_like(x);
+  Tensor y = fresh(x);
   if (!x.numel()) return y;
   for_type("evonorm_sample", x, [&](auto zero) {
     using T = decltype(zero);
@@ -181,8 +181,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> evonorm_sample_backward(
     double eps, bool centred) {
   const Sizes s = check_sizes("evonorm_sample_backward", x, {weight, v}, groups);
   check_gradient("evonorm_sample_backward", grad, x);
-  Tensor dx = torch::stable::empty_like(x), dweight = torch::stable::empty_like(weight);
-  Tensor dbias = torch::stable::empty_like(weight), dv = torch::stable::empty_like(weight);
+  Tensor dx = fresh(x), dweight = fresh(weight);
+  Tensor dbias = fresh(weight), dv = fresh(weight);
   const Tensor above = in_order_of(grad, dx);
   for_type("evonorm_sample_backward", x, [&](auto zero) {
     using T = decltype(zero);

@@ -13,10 +13,6 @@
 
 #include <memory>
 
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
-
 namespace torchzoo {
 namespace {
 
@@ -259,30 +255,10 @@ void backward(const Layer<T>& layer, const Ends& ends, const T* dy, const T* h, 
   }
 }
 
-template <class Op>
-void with_type(const Tensor& like, const Op& op) {
-  if (like.scalar_type() == ScalarType::Double) return op.template operator()<double>();
-  op.template operator()<float>();
-}
-
 // Half precision is computed in float32.
 Tensor wide(const Tensor& t) {
   const bool half = t.scalar_type() == ScalarType::BFloat16 || t.scalar_type() == ScalarType::Half;
   return half ? torch::stable::to(t, ScalarType::Float) : t;
-}
-
-// A result in huge pages where the system has them: a large one lies in memory that the process has just
-// got, which costs a fault for each page at its first write, and of 2 MiB pages there are 512 times fewer.
-Tensor fresh(const Tensor& like, std::vector<int64_t> sizes) {
-  Tensor out = torch::stable::new_empty(like, sizes);
-#ifdef MADV_HUGEPAGE
-  constexpr uintptr_t huge = 2 << 20;
-  const auto start = reinterpret_cast<uintptr_t>(out.mutable_data_ptr());
-  const uintptr_t first = (start + huge - 1) / huge * huge;
-  const uintptr_t last = (start + out.numel() * out.element_size()) / huge * huge;
-  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // if it can
-#endif
-  return out;
 }
 
 Tensor zeros(const Tensor& like, std::vector<int64_t> sizes) {

@@ -71,7 +71,7 @@ template <class Op>
 Tensor with_types(const Tensor& like, std::vector<int64_t> shape, const Op& op) {
   const ScalarType type = like.scalar_type();
   const bool wide = type == ScalarType::Float || type == ScalarType::Double;
-  Tensor out = torch::stable::new_empty(like, shape, wide ? type : ScalarType::Float);
+  Tensor out = fresh(like, shape, wide ? type : ScalarType::Float);
   switch (type) {
     case ScalarType::Float: op.template operator()<float, float>(out); break;
     case ScalarType::Double: op.template operator()<double, double>(out); break;

@@ -122,18 +122,12 @@ int64_t grain(const Sizes& s) {
   return std::max<int64_t>(1, WORK / std::max<int64_t>(1, each));
 }
 
-template <class Run>
-void with_type(const Tensor& tensor, const Run& run) {
-  if (tensor.scalar_type() == ScalarType::Double) return run.template operator()<double>();
-  run.template operator()<float>();
-}
-
 Tensor hyper_condition(const Tensor& z_, const Tensor& mean_out_, const Tensor& mean_latent_,
                        const Tensor& raw_, const Tensor& l21_) {
   const Sizes s = hyper::sizes(z_, mean_latent_, raw_, l21_, mean_out_);
   const Tensor z = dense(z_), mean_out = dense(mean_out_), mean_latent = dense(mean_latent_);
   const Tensor raw = dense(raw_), l21 = dense(l21_);
-  Tensor out = torch::stable::new_empty(mean_out, {s.samples, s.items, s.outputs});
+  Tensor out = fresh(mean_out, {s.samples, s.items, s.outputs});
   with_type(z, [&]<class T>() {
     const Inputs<T> in{z.const_data_ptr<T>(), mean_out.const_data_ptr<T>(), mean_latent.const_data_ptr<T>(),
                        raw.const_data_ptr<T>(), l21.const_data_ptr<T>()};
@@ -150,11 +144,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> hyper_condition_backward(
   STD_TORCH_CHECK(g_.dim() == 3 && g_.size(0) == s.samples, "hyper_condition: shapes that don't fit together");
   const Tensor z = dense(z_), mean_latent = dense(mean_latent_), raw = dense(raw_), l21 = dense(l21_);
   const Tensor g = dense(g_);
-  Tensor g_offset = torch::stable::new_empty(z, {s.samples, s.items, s.latents});
-  Tensor g_out = torch::stable::new_empty(z, {s.items, s.outputs});
-  Tensor g_latent = torch::stable::empty_like(mean_latent), g_raw = torch::stable::empty_like(raw);
-  Tensor g_l21 = torch::stable::empty_like(l21);
-  Tensor g_z = s.shared ? torch::stable::empty_like(z) : g_offset;
+  Tensor g_offset = fresh(z, {s.samples, s.items, s.latents});
+  Tensor g_out = fresh(z, {s.items, s.outputs});
+  Tensor g_latent = fresh(mean_latent), g_raw = fresh(raw);
+  Tensor g_l21 = fresh(l21);
+  Tensor g_z = s.shared ? fresh(z) : g_offset;
   with_type(z, [&]<class T>() {
     const Inputs<T> in{z.const_data_ptr<T>(), nullptr, mean_latent.const_data_ptr<T>(),
                        raw.const_data_ptr<T>(), l21.const_data_ptr<T>()};

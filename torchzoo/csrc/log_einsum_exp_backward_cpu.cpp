@@ -219,7 +219,7 @@ void add_up(const T* partial, int64_t parts, int64_t size, T* dw, int64_t folds)
 }
 
 Tensor wanted(const Tensor& like, bool on) {
-  return torch::stable::new_empty(like, {on ? like.size(0) : 0, like.size(1), like.size(2)});
+  return fresh(like, {on ? like.size(0) : 0, like.size(1), like.size(2)});
 }
 
 template <class T>
@@ -232,7 +232,7 @@ void run(const Sizes& n, const Tensor& grad, const std::optional<Tensor>& left, 
   const int64_t parts = (blocks + each - 1) / each, size = n.sums * n.terms();
   const bool split = dw && parts > 1;
   std::optional<Tensor> partial;
-  if (split) partial = torch::stable::new_empty(w, {n.folds * parts * size});
+  if (split) partial = fresh(w, {n.folds * parts * size});
   const Slopes<T> slopes{of, grad.const_data_ptr<T>(), out.const_data_ptr<T>(),
                          dleft ? dleft->mutable_data_ptr<T>() : nullptr,
                          dright ? dright->mutable_data_ptr<T>() : nullptr,
@@ -250,7 +250,7 @@ std::tuple<Tensor, Tensor, Tensor> log_einsum_exp_backward(
   check_result("log_einsum_exp_backward", grad, right, n);
   check_result("log_einsum_exp_backward", out, right, n);
   Tensor dleft = wanted(left.value_or(right), for_left), dright = wanted(right, for_right);
-  Tensor dw = torch::stable::new_empty(w, {for_w ? n.folds : 0, n.sums, n.k1, n.k2});
+  Tensor dw = fresh(w, {for_w ? n.folds : 0, n.sums, n.k1, n.k2});
   if (n.nothing())
     return {torch::stable::zero_(dleft), torch::stable::zero_(dright), torch::stable::zero_(dw)};
   if (left) left = contiguous(*left);

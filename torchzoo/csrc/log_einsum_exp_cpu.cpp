@@ -107,7 +107,7 @@ void run(const Sizes& n, const std::optional<Tensor>& left, const Tensor& right,
 // Sums are always in a fixed order here, asked for or not.
 Tensor log_einsum_exp(std::optional<Tensor> left, const Tensor& right, const Tensor& w, bool) {
   const Sizes n = check_operands("log_einsum_exp", left, right, w);
-  Tensor out = torch::stable::new_empty(right, {n.folds, n.batch, n.sums});
+  Tensor out = fresh(right, {n.folds, n.batch, n.sums});
   if (n.nothing()) return torch::stable::fill_(out, -std::numeric_limits<double>::infinity());
   if (left) left = torch::stable::contiguous(*left);
   const Tensor rows = torch::stable::contiguous(right), weights = torch::stable::contiguous(w);

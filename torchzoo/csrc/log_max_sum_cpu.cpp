@@ -95,8 +95,8 @@ std::tuple<Tensor, Tensor> log_max_sum(const Tensor& a, const Tensor& log_w) {
                   "log_max_sum: sizes or types that don't fit");
   STD_TORCH_CHECK(a.size(2) <= INT32_MAX, "log_max_sum: too many terms");
   const std::vector<int64_t> shape{a.size(0), a.size(1), log_w.size(1)};
-  Tensor values = torch::stable::new_empty(a, shape);
-  Tensor argmax = torch::stable::new_empty(a, shape, ScalarType::Long);
+  Tensor values = fresh(a, shape);
+  Tensor argmax = fresh(a, shape, ScalarType::Long);
   const Tensor rows = torch::stable::contiguous(a), weights = torch::stable::contiguous(log_w);
   switch (a.scalar_type()) {
     case ScalarType::Double: run<double>(rows, weights, values, argmax); break;

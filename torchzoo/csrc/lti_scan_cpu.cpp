@@ -177,7 +177,7 @@ Tensor lti_scan(const Tensor& a, const Tensor& bu, const Tensor& x0) {
   using torch::stable::contiguous;
   const Sizes sizes = sizes_of(a, bu, x0);
   const Tensor in = contiguous(bu);
-  Tensor x = torch::stable::empty_like(in);
+  Tensor x = fresh(in);
   if (a.scalar_type() == ScalarType::Double)
     scan<double>(sizes, contiguous(a), in, contiguous(x0), x);
   else
@@ -192,8 +192,8 @@ std::tuple<Tensor, Tensor, Tensor> lti_scan_backward(const Tensor& grad, const T
   STD_TORCH_CHECK(x.numel() == grad.numel() && x.scalar_type() == grad.scalar_type(),
                   "lti_scan_backward: x must be as grad");
   const Tensor g = contiguous(grad), factors = contiguous(a), start = contiguous(x0);
-  Tensor dbu = torch::stable::empty_like(g), da = torch::stable::empty_like(factors),
-         dx0 = torch::stable::empty_like(start);
+  Tensor dbu = fresh(g), da = fresh(factors),
+         dx0 = fresh(start);
   if (a.scalar_type() == ScalarType::Double)
     gradients<double>(sizes, g, factors, contiguous(x), start, dbu, da, dx0);
   else

@@ -60,7 +60,7 @@ Tensor ordered_matmul(const Tensor& x, const Tensor& weight) {
                     "ordered_matmul: expected contiguous float64 matrices");
   STD_TORCH_CHECK(x.size(1) == weight.size(0), "ordered_matmul: inner sizes differ");
   const int64_t rows = x.size(0), inner = x.size(1), columns = weight.size(1);
-  Tensor out = torch::stable::new_empty(x, {rows, columns});
+  Tensor out = fresh(x, {rows, columns});
   const double *a = x.const_data_ptr<double>(), *w = weight.const_data_ptr<double>();
   double* y = out.mutable_data_ptr<double>();
   const int64_t share = std::max<int64_t>(1, PRODUCTS / std::max<int64_t>(1, inner * columns));

@@ -147,7 +147,7 @@ std::tuple<Tensor, Tensor> passes(const Tensor& items, const Tensor& target, con
     going = gain > 0 && static_cast<double>(gain) >= improvement_break * static_cast<double>(distance);
     distance -= gain;
   }
-  Tensor result = torch::stable::new_empty(order, {size.cells}), outcome = torch::stable::new_empty(order, {4});
+  Tensor result = fresh(order, {size.cells}), outcome = fresh(order, {4});
   int64_t *now = result.mutable_data_ptr<int64_t>(), *out = outcome.mutable_data_ptr<int64_t>();
   std::copy_n(old, size.cells, now);
   for (int64_t k = 0; k < count; ++k) now[cell[k]] = holds[k];

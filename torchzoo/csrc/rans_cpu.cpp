@@ -48,7 +48,7 @@ void check_precision(int64_t precision) {
 }
 
 Tensor copy_of(const Tensor& t) {
-  Tensor out = torch::stable::new_empty(t, {t.sizes().begin(), t.sizes().end()});
+  Tensor out = fresh(t, {t.sizes().begin(), t.sizes().end()});
   std::copy_n(t.const_data_ptr<int64_t>(), t.numel(), out.mutable_data_ptr<int64_t>());
   return out;
 }
@@ -65,7 +65,7 @@ std::tuple<Tensor, Tensor, Tensor> encode(const Tensor& freq, const Tensor& star
   STD_TORCH_CHECK(start.numel() == total, "start: expected as many entries as freq");
   STD_TORCH_CHECK(std::all_of(f, f + total, [](int32_t value) { return value > 0; }), "freq: expected at least 1");
   const int64_t* end = checked_ends(ends, total);
-  Tensor states = copy_of(state), counts = torch::stable::new_empty(ends, {streams});
+  Tensor states = copy_of(state), counts = fresh(ends, {streams});
   int64_t *s = states.mutable_data_ptr<int64_t>(), *count = counts.mutable_data_ptr<int64_t>();
   std::vector<uint32_t> spilled(total);  // a symbol spills one word at most
   parallel_for(0, streams, share(streams, total), [&](int64_t low, int64_t high) {
@@ -85,7 +85,7 @@ std::tuple<Tensor, Tensor, Tensor> encode(const Tensor& freq, const Tensor& star
   });
   int64_t words = 0;
   for (int64_t stream = 0; stream < streams; ++stream) words += count[stream];
-  Tensor result = torch::stable::new_empty(freq, {words});
+  Tensor result = fresh(freq, {words});
   int32_t* to = result.mutable_data_ptr<int32_t>();
   for (int64_t stream = 0; stream < streams; to += count[stream++])
     if (count[stream]) std::memcpy(to, spilled.data() + (stream ? end[stream - 1] : 0), sizeof(uint32_t) * count[stream]);
@@ -101,7 +101,7 @@ std::tuple<Tensor, Tensor, Tensor> decode(const Tensor& cdf, const Tensor& ends,
   const int64_t *end = checked_ends(ends, total), *last = longs(limit, streams, "limit");
   for (int64_t s = 0; s < streams; ++s)
     STD_TORCH_CHECK(last[s] <= words.numel() && longs(position, streams, "position")[s] >= 0, "limit, position: outside the words");
-  Tensor states = copy_of(state), positions = copy_of(position), symbols = torch::stable::new_empty(ends, {total});
+  Tensor states = copy_of(state), positions = copy_of(position), symbols = fresh(ends, {total});
   int64_t *s = states.mutable_data_ptr<int64_t>(), *at = positions.mutable_data_ptr<int64_t>();
   int64_t* out = symbols.mutable_data_ptr<int64_t>();
   const uint64_t mask = (uint64_t(1) << precision) - 1;
@@ -161,7 +161,7 @@ Tensor tables(const Tensor& pmf, int64_t precision) {
                   "pmf: expected contiguous float64 (T, C)");
   const int64_t rows = pmf.size(0), categories = pmf.size(1);
   STD_TORCH_CHECK(categories >= 1 && categories <= int64_t(1) << (precision - 1), "pmf: too many categories");
-  Tensor cdf = torch::stable::new_empty(pmf, {rows, categories + 1}, ScalarType::Int);
+  Tensor cdf = fresh(pmf, {rows, categories + 1}, ScalarType::Int);
   const double* p = pmf.const_data_ptr<double>();
   int32_t* out = cdf.mutable_data_ptr<int32_t>();
   parallel_for(0, rows, std::max<int64_t>(1, SYMBOLS / categories), [&](int64_t begin, int64_t end) {

@@ -166,19 +166,13 @@ TZ_INLINE void backward_body(const Problem<T>* p, const T* g, int64_t begin, int
 }
 TZ_ISA(backward, backward_body)
 
-template <class Run>
-void with_type(const Tensor& tensor, const Run& run) {
-  if (tensor.scalar_type() == ScalarType::Double) return run.template operator()<double>();
-  run.template operator()<float>();
-}
-
 int64_t reads_of_a_window(const Layout& s) { return std::max<int64_t>(1, 2 * s.kernel * s.kernel * s.channels); }
 
 Tensor s3im_groups(const Tensor& src_, const Tensor& tar_, const Tensor& indices_, int64_t kernel, int64_t stride,
                    int64_t margin, double sigma, double data_range) {
   const Layout s = s3im::layout_of(src_, tar_, indices_, kernel, stride, margin, sigma, data_range);
   const Tensor src = dense(src_), tar = dense(tar_), indices = dense(indices_);
-  Tensor out = torch::stable::new_empty(src, {s.rows, s.columns, s.channels});
+  Tensor out = fresh(src, {s.rows, s.columns, s.channels});
   std::atomic<bool> misplaced = false;
   with_type(src, [&]<class T>() {
     const Problem<T> p{s, src.const_data_ptr<T>(), tar.const_data_ptr<T>(), indices.const_data_ptr<int64_t>(),

@@ -28,7 +28,7 @@ constexpr int64_t BLOCK = 16;   // tokens summed together
 // do so till they are written; dropping whatever a page held costs little, so rows of zeros that are
 // never written cost nothing.
 Tensor zeros(const Tensor& like, std::vector<int64_t> sizes, ScalarType type) {
-  Tensor out = torch::stable::new_empty(like, sizes, type);
+  Tensor out = fresh(like, sizes, type);
   const int64_t size = out.numel() * static_cast<int64_t>(out.element_size());
   if (!size) return out;
   char* data = static_cast<char*>(out.mutable_data_ptr());
@@ -49,7 +49,7 @@ Tensor zeros(const Tensor& like, std::vector<int64_t> sizes, ScalarType type) {
 
 // A matrix product that autocast leaves alone.
 Tensor mm(const Tensor& a, const Tensor& b) {
-  Tensor out = torch::stable::new_empty(a, {a.size(0), b.size(1)});
+  Tensor out = fresh(a, {a.size(0), b.size(1)});
   std::array<StableIValue, 3> stack{torch::stable::detail::from(a), torch::stable::detail::from(b),
                                     torch::stable::detail::from(out)};
   STABLE_TORCH_ERROR_CODE_CHECK(
@@ -135,7 +135,7 @@ Tensor sum(const Tensor& h, const Tensor& w, const bool* active, double dense_ab
   const ScalarType type = w.scalar_type();
   const Acc* values = h.const_data_ptr<Acc>();
   if (dense(active, tokens * neurons, dense_above)) {
-    Tensor kept = torch::stable::empty_like(h);
+    Tensor kept = fresh(h);
     Acc* out = kept.mutable_data_ptr<Acc>();
     for (int64_t p = 0; p < tokens * neurons; ++p) out[p] = active[p] ? values[p] : Acc(0);
     return as(mm(as(kept, type), w), wide(type));
@@ -178,7 +178,7 @@ Tensor outer(const Tensor& h, const Tensor& x, const bool* active, double dense_
   const int64_t tokens = h.size(0), neurons = h.size(1), features = x.size(1);
   const Acc* values = h.const_data_ptr<Acc>();
   if (dense(active, tokens * neurons, dense_above)) {
-    Tensor kept = torch::stable::empty_like(h);
+    Tensor kept = fresh(h);
     Acc* out = kept.mutable_data_ptr<Acc>();
     for (int64_t p = 0; p < tokens * neurons; ++p) out[p] = active[p] ? values[p] : Acc(0);
     return mm(transposed(as(kept, x.scalar_type())), x);
@@ -277,8 +277,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(
   const Acc* limit = thresholds ? limits.const_data_ptr<Acc>() : nullptr;
   const Acc shift = static_cast<Acc>(rule.shift), threshold = static_cast<Acc>(rule.threshold);
   auto above = [&](Acc value, int64_t p) { return counts(value, limit ? limit[p % neurons] : threshold); };
-  Tensor h = torch::stable::empty_like(z);
-  Tensor active = torch::stable::new_empty(z, {tokens, neurons}, ScalarType::Bool);
+  Tensor h = fresh(z);
+  Tensor active = fresh(z, {tokens, neurons}, ScalarType::Bool);
   Acc *pre = z.mutable_data_ptr<Acc>(), *value = h.mutable_data_ptr<Acc>();
   bool* on = active.mutable_data_ptr<bool>();
   const bool* allowed = bits(mask);
@@ -287,7 +287,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(
     value[p] = activate(rule.activation, pre[p], shift);
     on[p] = (!allowed || allowed[p]) && (rule.on_product || above(value[p], p));
   }
-  Tensor u = w_gate ? dot<T, Acc>(x, w_up, on, dense_above) : torch::stable::new_empty(z, {0});
+  Tensor u = w_gate ? dot<T, Acc>(x, w_up, on, dense_above) : fresh(z, {0});
   if (w_gate) {
     add_bias<Acc>(b_up, u);
     Acc* up = u.mutable_data_ptr<Acc>();

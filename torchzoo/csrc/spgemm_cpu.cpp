@@ -170,7 +170,8 @@ template <class T>
 struct Product {  // columns and values of C, not yet there
   Tensor col, out;
   Product(const Pattern& pattern, const Tensor& like, int64_t nnz, bool summed)
-      : col(torch::stable::new_empty(pattern[0], {nnz})), out(torch::stable::new_empty(like, {summed ? nnz : 0})) {}
+      : col(fresh(pattern[0], {nnz})),
+        out(fresh(like, {summed ? nnz : 0})) {}
   void keep(int64_t begin, int64_t length) {
     col = torch::stable::narrow(col, 0, begin, length);
     if (out.numel()) out = torch::stable::narrow(out, 0, begin, length);
@@ -206,7 +207,7 @@ void fill_unmerged(const Problem<I, O>& problem, int64_t threads, const T* x, co
 // The pattern of C, and its values where a and b are given.
 std::tuple<Tensor, Tensor, Tensor> multiply(const Pattern& pattern, const Tensor& like, const Tensor* a,
                                             const Tensor* b, int64_t columns, How how) {
-  Tensor crow = torch::stable::new_empty(pattern[0], {pattern[0].numel()}), col, out;
+  Tensor crow = fresh(pattern[0], {pattern[0].numel()}), col, out;
   how.table |= columns > WIDE;
   with_indices(pattern, columns, [&]<class O, class I>() {
     const Problem<I, O> problem(pattern, columns);
@@ -258,7 +259,7 @@ std::tuple<Tensor, Tensor, Tensor> spgemm(Pattern pattern, const Tensor& a, cons
 
 std::tuple<Tensor, Tensor> spgemm_pattern(Pattern pattern, int64_t columns) {
   STD_TORCH_CHECK(pattern.size() == 4, "pattern: expected 4 tensors");
-  const Tensor like = torch::stable::new_empty(pattern[0], {0}, ScalarType::Float);
+  const Tensor like = fresh(pattern[0], {0}, ScalarType::Float);
   auto [crow, col, none] = multiply(pattern, like, nullptr, nullptr, columns, {false, false, true});
   return {crow, col};
 }
@@ -268,7 +269,7 @@ Tensor spgemm_values(Pattern pattern, const Tensor& a, const Tensor& b, int64_t 
   Tensor out;
   on_pattern(pattern, x, columns, [&]<class O, class I, class T>(const auto& problem, const O* start, const O* list) {
     const T *xs = x.const_data_ptr<T>(), *ys = y.const_data_ptr<T>();
-    out = torch::stable::new_empty(x, {pattern[5].numel()});
+    out = fresh(x, {pattern[5].numel()});
     T* sums = out.mutable_data_ptr<T>();
     const bool wide = columns > WIDE;
     const Packed<I, T> packed(problem.f, problem.inner, pattern[3].numel(), wide ? nullptr : ys);

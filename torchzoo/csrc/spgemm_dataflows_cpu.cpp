@@ -131,8 +131,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> spgemm_dataflow(Pattern pattern, cons
   STD_TORCH_CHECK(pattern.size() == 4, "pattern: expected 4 tensors");
   STD_TORCH_CHECK(method == "inner" || method == "esc", "method: expected inner or esc");
   const Tensor x = checked("a", a, a, pattern[1]), y = checked("b", b, a, pattern[3]);
-  Tensor crow = torch::stable::new_empty(pattern[0], {pattern[0].numel()}), col, out;
-  Tensor bytes = torch::stable::new_empty(pattern[0], {1}, ScalarType::Long);
+  Tensor crow = fresh(pattern[0], {pattern[0].numel()}), col, out;
+  Tensor bytes = fresh(pattern[0], {1}, ScalarType::Long);
   with_indices(pattern, columns, [&]<class O, class I>() {
     const Problem<I, O> problem(pattern, columns);
     with_values(x, [&]<class T>() {
@@ -145,8 +145,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> spgemm_dataflow(Pattern pattern, cons
       O* start = crow.mutable_data_ptr<O>();
       start[0] = 0;
       for (int64_t i = 0; i < problem.f.rows; ++i) start[i + 1] = start[i] + c.count[i];
-      col = torch::stable::new_empty(pattern[0], {start[problem.f.rows]});
-      out = torch::stable::new_empty(x, {start[problem.f.rows]});
+      col = fresh(pattern[0], {start[problem.f.rows]});
+      out = fresh(x, {start[problem.f.rows]});
       O* cols = col.mutable_data_ptr<O>();
       T* values = out.mutable_data_ptr<T>();
       share_out(problem.work, [&](const auto& next) {

@@ -33,7 +33,7 @@ void with_places(const Problem<I, O>& problem, const O* start, const O* list, co
 // da_p = the sum over the row of B that p meets of b_q g_(p, q).
 Tensor spgemm_grad_a(Pattern pattern, const Tensor& b, const Tensor& grad, int64_t columns) {
   const Tensor y = checked("b", b, b, pattern.at(3)), g = checked("grad", grad, b, pattern.at(5));
-  Tensor out = torch::stable::new_empty(y, {pattern.at(1).numel()});
+  Tensor out = fresh(y, {pattern.at(1).numel()});
   on_pattern(pattern, y, columns, [&]<class O, class I, class T>(const auto& problem, const O* start, const O* list) {
     const T *ys = y.const_data_ptr<T>(), *gs = g.const_data_ptr<T>();
     T* da = out.mutable_data_ptr<T>();

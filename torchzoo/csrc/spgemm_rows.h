@@ -83,6 +83,7 @@ struct Packed {
     for (int64_t k = 0; y && k < rows; ++k) runs += f.b[k].run();
     if (!y || 2 * runs > rows) return;
     data.reset(new char[entries * size]);
+    in_huge_pages(data.get(), entries * size);
     parallel_for(0, rows, 1 << 12, [&](int64_t begin, int64_t end) {
       for (int64_t k = begin; k < end; ++k) {
         const RowOf<I>& row = f.b[k];

@@ -188,7 +188,7 @@ Tensor lists(const Problem<T>& of, int64_t count, const Tensor& like, int64_t* o
   for (int64_t c = 0; c < count; ++c)
     for (int64_t t = 0; t < tiles; ++t) offsets[c * tiles + t] += before[c];
   offsets[count * tiles] = before[count];
-  Tensor ids = torch::stable::new_empty(like, {before[count]}, ScalarType::Int);
+  Tensor ids = fresh(like, {before[count]}, ScalarType::Int);
   int32_t* to = ids.mutable_data_ptr<int32_t>();
   for_chunks(cameras, [&](int64_t c, int64_t q) { scatter(cameras[c].chunks[q], to + before[c]); });
   return ids;
@@ -219,7 +219,7 @@ std::tuple<Tensor, Tensor> splat_intersect(const Tensor& means2d, const Tensor& 
                       shapes.scalar_type() == type && o.scalar_type() == type &&
                       (!beta || exponents.scalar_type() == type),
                   op, ": dtypes don't fit each other");
-  Tensor offsets = torch::stable::new_empty(means2d, {cameras * across * down + 1}, ScalarType::Long);
+  Tensor offsets = fresh(means2d, {cameras * across * down + 1}, ScalarType::Long);
   int64_t* begins = offsets.mutable_data_ptr<int64_t>();
   const auto run = [&]<class T>(T) {
     const Problem<T> of{means.const_data_ptr<T>(), z.const_data_ptr<T>(), shapes.const_data_ptr<T>(),

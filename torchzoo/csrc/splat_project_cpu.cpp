@@ -136,12 +136,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> splat_project(
                         far,   radius_clip, alpha_min, antialiased, inria};
   std::vector<Tensor> out;
   const int64_t C = sizes.cameras, N = sizes.splats;
-  out.push_back(torch::stable::new_empty(means, {C, N, 2}, ScalarType::Int));
-  out.push_back(torch::stable::new_empty(means, {C, N, 2}));
-  out.push_back(torch::stable::new_empty(means, {C, N}));
-  out.push_back(torch::stable::new_empty(means, {C, N, 3}));
-  out.push_back(torch::stable::new_empty(means, {C, N, 3}));
-  out.push_back(torch::stable::new_empty(means, {C, N}));
+  out.push_back(fresh(means, {C, N, 2}, ScalarType::Int));
+  out.push_back(fresh(means, {C, N, 2}));
+  out.push_back(fresh(means, {C, N}));
+  out.push_back(fresh(means, {C, N, 3}));
+  out.push_back(fresh(means, {C, N, 3}));
+  out.push_back(fresh(means, {C, N}));
   if (type == ScalarType::Float)
     project_all<float>(sizes, options, means, quats, scales, opacities, beta, viewmats, Ks, out);
   else
@@ -243,10 +243,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> splat_project_backward(
   expect(g_compensations, {C, N}, type, "g_compensations");
   const Options options{width, height, int(kernel), int(camera), eps2d, 0, 0, 0, 0, antialiased,
                         inria};
-  Tensor g_means = torch::stable::new_empty(means, {N, 3});
-  Tensor g_quats = torch::stable::new_empty(means, {N, 4});
-  Tensor g_scales = torch::stable::new_empty(means, {N, 3});
-  Tensor g_viewmats = torch::stable::new_empty(means, {C, 4, 4});
+  Tensor g_means = fresh(means, {N, 3});
+  Tensor g_quats = fresh(means, {N, 4});
+  Tensor g_scales = fresh(means, {N, 3});
+  Tensor g_viewmats = fresh(means, {C, 4, 4});
   const auto run = [&]<class T>(T) {
     const Above<T> above{radii.const_data_ptr<int32_t>(),    conics.const_data_ptr<T>(),
                          compensations.const_data_ptr<T>(),  g_means2d.const_data_ptr<T>(),

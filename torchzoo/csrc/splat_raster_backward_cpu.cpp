@@ -297,8 +297,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> splat_raster_backward
                       g.scalar_type() == of.type && g_rest.scalar_type() == of.type &&
                       ends.scalar_type() == ScalarType::Int,
                   "splat_raster_backward: what came from the forward pass has another size or dtype");
-  const auto zeros = [&](const Tensor& like) { return torch::stable::fill_(torch::stable::empty_like(like), 0); };
-  const auto nothing = [&] { return torch::stable::new_empty(means2d, {0}); };
+  const auto zeros = [&](const Tensor& like) { return torch::stable::fill_(fresh(like), 0); };
+  const auto nothing = [&] { return fresh(means2d, {0}); };
   Results to{zeros(of.means2d), zeros(of.shape2d), zeros(of.opacities), zeros(of.feature),
              of.with_beta ? zeros(of.beta) : nothing(), absgrad ? zeros(of.means2d) : nothing()};
   Gradients with{rest.const_data_ptr(), g.const_data_ptr(), g_rest.const_data_ptr(),

@@ -126,10 +126,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> splat_raster(
   const Scene of("splat_raster", means2d, shape2d, opacities, features, beta, backgrounds, tile_offsets,
                  ids, width, height, tile_size, kernel, pixel, alpha_min, alpha_max);
   const int64_t c = of.cameras;
-  Tensor image = torch::stable::new_empty(means2d, {c, height, width, of.features});
-  Tensor final_t = torch::stable::new_empty(means2d, {c, height, width});
-  Tensor last = torch::stable::new_empty(means2d, {c, height, width}, ScalarType::Int);
-  Tensor median = torch::stable::new_empty(means2d, {c, height, width}, ScalarType::Int);
+  Tensor image = fresh(means2d, {c, height, width, of.features});
+  Tensor final_t = fresh(means2d, {c, height, width});
+  Tensor last = fresh(means2d, {c, height, width}, ScalarType::Int);
+  Tensor median = fresh(means2d, {c, height, width}, ScalarType::Int);
   Output to{image.mutable_data_ptr(), final_t.mutable_data_ptr(), last.mutable_data_ptr<int32_t>(),
             median.mutable_data_ptr<int32_t>(), nullptr, t_stop};
   const Tensor mask = contiguous(pixel_mask);

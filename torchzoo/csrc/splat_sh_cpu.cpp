@@ -80,7 +80,7 @@ Tensor splat_sh(int64_t degree, const Tensor& dirs_, const Tensor& coeffs_) {
   const Tensor dirs = torch::stable::contiguous(dirs_), coeffs = torch::stable::contiguous(coeffs_);
   check(degree, dirs, coeffs);
   const int64_t M = dirs.size(0), K = coeffs.size(1);
-  Tensor out = torch::stable::new_empty(dirs, {M, 3});
+  Tensor out = fresh(dirs, {M, 3});
   const auto run = [&]<class T>(T) {
     const T *at = dirs.const_data_ptr<T>(), *own = coeffs.const_data_ptr<T>();
     T* to = out.mutable_data_ptr<T>();
@@ -101,8 +101,8 @@ std::tuple<Tensor, Tensor> splat_sh_backward(int64_t degree, const Tensor& dirs_
   STD_TORCH_CHECK(g.dim() == 2 && g.size(0) == M && g.size(1) == 3 &&
                       g.scalar_type() == dirs.scalar_type(),
                   "splat_sh_backward: g has a wrong shape or dtype");
-  Tensor g_dirs = torch::stable::new_empty(dirs, {M, 3});
-  Tensor g_coeffs = torch::stable::new_empty(dirs, {M, K, 3});
+  Tensor g_dirs = fresh(dirs, {M, 3});
+  Tensor g_coeffs = fresh(dirs, {M, K, 3});
   const auto run = [&]<class T>(T) {
     const T *at = dirs.const_data_ptr<T>(), *own = coeffs.const_data_ptr<T>();
     const T* above = g.const_data_ptr<T>();

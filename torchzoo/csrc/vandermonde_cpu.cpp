@@ -292,7 +292,7 @@ Tensor vandermonde(const Tensor& v, const Tensor& log_x, int64_t lags, bool conj
   STD_TORCH_CHECK(v.size(2) == log_x.size(1), "vandermonde: shapes that don't fit together");
   std::vector<int64_t> shape{v.size(0), v.size(1), lags};
   if (!conj) shape.push_back(2);
-  Tensor out = torch::stable::new_empty(v, shape);
+  Tensor out = fresh(v, shape);
   run<Forward>(torch::stable::contiguous(v), torch::stable::contiguous(log_x), out, lags, conj);
   return out;
 }
@@ -301,7 +301,7 @@ Tensor vandermonde_transposed(const Tensor& grad, const Tensor& log_x, bool conj
   STD_TORCH_CHECK(grad.dim() >= 3, "vandermonde_transposed: shapes that don't fit together");
   check(grad, log_x, grad.size(2), !conj);
   Tensor out =
-      torch::stable::new_empty(grad, {grad.size(0), grad.size(1), log_x.size(1), int64_t(2)});
+      fresh(grad, {grad.size(0), grad.size(1), log_x.size(1), int64_t(2)});
   run<Transposed>(torch::stable::contiguous(grad), torch::stable::contiguous(log_x), out,
                   grad.size(2), conj);
   return out;

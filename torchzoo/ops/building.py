@@ -24,7 +24,7 @@ from torchzoo.ops.library import KernelError
 
 TARGET = "-DTORCH_TARGET_VERSION=0x020a000000000000"
 CPU_FLAGS = ("-O3", "-std=c++20", "-fPIC", "-fvisibility=hidden", "-Wall", TARGET)
-ARCHITECTURES = ("80", "90", "100")
+ARCHITECTURES = ("80", "90")
 CUDA_FLAGS = (
     *("-O3", "-std=c++20", "-DUSE_CUDA", TARGET, "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall"),
     *(f"-gencode=arch=compute_{a},code=sm_{a}" for a in ARCHITECTURES),

@@ -239,20 +239,24 @@ def _as_it_is(
     threshold: float,
     quantum: float | Tensor | None,
 ) -> bool:
-    """Whether a step has nothing to convert or to refuse, in few and cheap questions.
+    """Whether a step on a CPU has nothing to convert or to refuse, in few and cheap questions.
 
     Between two frames other work has pushed all that is needed here out of the caches, and then
     the full checks take longer than adding the rows of a sparse step.
     """
+    single, shape = torch.float32, x.shape
+    if not (x.dtype is single and x_ref.dtype is single):
+        return False
+    if not (acc.dtype is single and weight_t.dtype is single and weight_t.ndim == 2):
+        return False
+    inputs, outputs = weight_t.shape
     return (
         quantum is None
         and threshold >= 0
-        and x.dtype == x_ref.dtype == acc.dtype == weight_t.dtype == torch.float32
-        and x.shape == x_ref.shape
-        and weight_t.ndim == 2
-        and x.shape[-1:] == weight_t.shape[:1]
-        and acc.shape == x.shape[:-1] + weight_t.shape[1:]
-        and x.device == x_ref.device == acc.device == weight_t.device
+        and shape == x_ref.shape
+        and shape[-1:] == (inputs,)
+        and acc.shape == (*shape[:-1], outputs)
+        and (x.is_cpu and x_ref.is_cpu and acc.is_cpu and weight_t.is_cpu)
         and not forward_mode()
     )
 
@@ -356,7 +360,7 @@ def _backward(ctx: Any, grad_acc: Tensor, grad_ref: Tensor) -> tuple[Tensor | No
     return grad_x, grad_xref, grad_acc, grad_weight, None, None
 
 
-_step_op = torch.ops.torchzoo.delta_linear_step.default
+_step_op = torch.ops.torchzoo.delta_linear_step  # its call is shorter than that of its overload
 _step.register_autograd(_backward, setup_context=_setup)
 
 
