@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch.autograd import gradcheck, gradgradcheck
 
 from torchzoo.activations import crrelu, hyrelu
-from torchzoo.ops import bounded_relu, library
+from torchzoo.ops import _elementwise, bounded_relu, library
 
 DOUBLE = torch.float64
 TYPES = [DOUBLE, torch.float32, torch.bfloat16, torch.float16]
@@ -307,18 +307,51 @@ def test_every_element_is_written(case):
         torch.use_deterministic_algorithms(False)
 
 
-@cases
-def test_compilers_see_the_formula(case):
-    graphs = []
+def compiled_targets(call, x):
+    """What a compiled call computes, and the names of all that its graph calls."""
+    targets = set()
 
     def backend(graph, inputs):
-        graphs.append({str(node.target) for node in graph.graph.nodes})
+        targets.update(str(node.target) for node in graph.graph.nodes)
         return graph.forward
 
-    x = torch.randn(4, 3)
-    found = torch.compile(lambda x: case.call(x, 0.5), backend=backend, fullgraph=True)(x)
-    torch.testing.assert_close(found, case.call(x, 0.5))
-    assert not any("torchzoo" in target for target in graphs[0])
+    torch.compiler.reset()
+    return torch.compile(call, backend=backend, fullgraph=True)(x), targets
+
+
+@cases
+def test_compilers_see_the_formula_of_small_inputs(case, monkeypatch):
+    monkeypatch.setattr(_elementwise, "LARGE", 12)
+    for shape in ((4, 3), (11,)):
+        x = torch.randn(shape)
+        found, targets = compiled_targets(lambda x: case.call(x, 0.5), x)
+        torch.testing.assert_close(found, case.call(x, 0.5))
+        assert any("torchzoo" in target for target in targets) == (x.numel() == 12)
+
+
+@cases
+def test_compiled_gradients_of_large_inputs(case, monkeypatch):
+    monkeypatch.setattr(_elementwise, "LARGE", 0)
+    torch.compiler.reset()
+    compiled = torch.compile(case.call, backend="aot_eager", fullgraph=True)
+    x, p, grad = problem((9, 5), (5,), DOUBLE)
+    leaves = [x.requires_grad_(), p.requires_grad_()]
+    found, expected = (
+        torch.autograd.grad(call(x, p), leaves, grad) for call in (compiled, case.call)
+    )
+    torch.testing.assert_close(found, expected, rtol=1e-13, atol=1e-13)
+
+
+@cases
+def test_exported_programs_hold_the_formula(case, monkeypatch):
+    monkeypatch.setattr(_elementwise, "LARGE", 0)
+
+    class Module(torch.nn.Module):
+        def forward(self, x):
+            return case.call(x, 0.5)
+
+    graph = torch.export.export(Module(), (torch.randn(4, 3),)).graph
+    assert not any("torchzoo" in str(node.target) for node in graph.nodes)
 
 
 @cases

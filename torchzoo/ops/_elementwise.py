@@ -44,12 +44,21 @@ def as_parameter(name: str, value: Tensor | float, x: Tensor) -> Tensor:
     return value.expand(trailing).contiguous()
 
 
-def differentiate_formula() -> bool:
-    """Whether to leave the operator out.
+LARGE = 2**20
+"""Numbers that no cache of a core holds."""
 
-    Compilers fuse the formula; forward mode and the gradients of `torch.func` need it.
+
+def differentiate_formula(x: Tensor | None = None) -> bool:
+    """Whether to leave an operator, on x, out.
+
+    Compilers fuse the formula; forward mode and the gradients of `torch.func` need it. On a CPU,
+    though, new memory for a large result is dearer than the pass that fusing saves, and the
+    operator gets it in huge pages, which a compiler doesn't.
     """
-    if torch.compiler.is_compiling() or forward_mode():
+    if torch.compiler.is_compiling():
+        small = x is None or x.device.type != "cpu" or x.numel() < LARGE
+        return small or torch.compiler.is_exporting()
+    if forward_mode():
         return True
     return torch._C._functorch.peek_interpreter_stack() is not None
 

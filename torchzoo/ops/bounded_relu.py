@@ -6,7 +6,8 @@ saturate   y = min(max(x, 0), p), 0 for NaN
 
 dy/dx is 1 where x passes and 0 elsewhere; dy/dp is 1 where `saturate` gives p, and else 0.
 
-Where a compiler is at work the formula takes the operator's place, as it can be fused with others.
+Where a compiler is at work the formula takes the operator's place, as it can be fused with others,
+but not for large inputs on a CPU (`torchzoo.ops._elementwise.differentiate_formula`).
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ def bounded_relu(
         raise ValueError(f"kind: expected one of {', '.join(KINDS)}, got {kind!r}")
     bound = as_parameter("bound", bound, x)
     number = KINDS.index(kind)
-    if differentiate_formula():
+    if differentiate_formula(x):
         return formula(x, bound, number)
     with below_autograd(x, bound):
         return torch.ops.torchzoo.bounded_relu.default(x, bound, number)

@@ -8,7 +8,8 @@ group and f = x σ(v x),
 dx = g γ r (σ(v x) + v x σ(v x) σ(−v x)) − (x − m) r³ / M Σ g γ f,
 dγ = Σ g r f,   dβ = Σ g,   dv = Σ g γ r x² σ(v x) σ(−v x).
 
-Where a compiler is at work the formula takes the operator's place, as it can be fused with others.
+Where a compiler is at work the formula takes the operator's place, as it can be fused with others,
+but not for large inputs on a CPU (`torchzoo.ops._elementwise.differentiate_formula`).
 """
 
 from __future__ import annotations
@@ -77,7 +78,7 @@ def evonorm_sample(
     if groups < 1 or channels % groups:
         raise ValueError(f"groups: expected a divisor of {channels} channels, got {groups}")
     weight, bias, v = (vector.to(wide(x.dtype)) for vector in (weight, bias, v))
-    if differentiate_formula() or not x.is_contiguous():
+    if differentiate_formula(x) or not x.is_contiguous():
         return formula(x, weight, bias, v, groups, float(eps), centred)
     weight, bias, v = weight.contiguous(), bias.contiguous(), v.contiguous()
     with below_autograd(x, weight, bias, v):

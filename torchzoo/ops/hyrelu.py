@@ -3,7 +3,8 @@
 y = max(0, x) σ(t),  t = κ (λ − x),
 dy/dx = σ(t) − κ x σ(t) σ(−t),   dy/dλ = κ x σ(t) σ(−t)   for 0 < x < inf, else all are 0.
 
-Where a compiler is at work the formula takes the operator's place, as it can be fused with others.
+Where a compiler is at work the formula takes the operator's place, as it can be fused with others,
+but not for large inputs on a CPU (`torchzoo.ops._elementwise.differentiate_formula`).
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ def hyrelu(
     if not 0 < sharpness < float("inf"):
         raise ValueError(f"sharpness: expected a finite number > 0, got {sharpness}")
     bound = as_parameter("bound", bound, x)
-    if differentiate_formula():
+    if differentiate_formula(x):
         return formula(x, bound, float(sharpness), nan_to_zero)
     with below_autograd(x, bound):
         return torch.ops.torchzoo.hyrelu.default(x, bound, float(sharpness), nan_to_zero)
