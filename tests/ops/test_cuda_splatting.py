@@ -152,6 +152,10 @@ def test_projection(kernel, camera, antialiased, inria, dtype):
     for one, other in zip(found, expected("splat_project_backward", *inputs), strict=True):
         assert_near(one, other, dtype)
     assert all(map(torch.equal, found, native("splat_project_backward", *inputs, dtype=dtype)))
+    some = (*inputs[:-4], None, inputs[-3], None, None)  # depths, covariances, compensations
+    zeros = [torch.zeros_like(x) if y is None else y for x, y in zip(inputs, some, strict=True)]
+    found, known = (native("splat_project_backward", *i, dtype=dtype) for i in (some, zeros))
+    assert all(map(torch.equal, found, known))
 
 
 @pytest.mark.parametrize("dtype", [DOUBLE, SINGLE])

@@ -171,7 +171,14 @@ def test_torch_accepts_the_operators(kernel):
     radii, means2d, depths, conics, covs, compensations = (x.detach() for x in projected)
     slopes = [torch.randn_like(x) for x in (means2d, depths, conics, covs, compensations)]
     inputs = (means, quats, scales, views, Ks, 9, 7, code, 0, 0.3, False, False)
-    check("splat_project_backward", *inputs, radii, conics, compensations, *slopes)
+    known = (*inputs, radii, conics, compensations)
+    check("splat_project_backward", *known, *slopes)
+    for i in range(len(slopes)):  # a slope that isn't there is 0
+        some = [None if i == j else slope for j, slope in enumerate(slopes)]
+        zeros = [torch.zeros_like(slope) if i == j else slope for j, slope in enumerate(slopes)]
+        found = check("splat_project_backward", *known, *some)
+        expected = OPS.splat_project_backward(*known, *zeros)
+        assert all(map(torch.equal, found, expected))
     shape = covs if kernel == "analytic" else conics
     lists = check(
         "splat_intersect",

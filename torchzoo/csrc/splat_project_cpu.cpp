@@ -149,12 +149,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> splat_project(
   return {out[0], out[1], out[2], out[3], out[4], out[5]};
 }
 
+using MaybeTensor = std::optional<Tensor>;
+
 template <class T>
 struct Above {
   const int32_t* radii;
   const T *conics, *compensations;
-  const T *means, *depths, *by_conics, *covs, *by_compensations;
+  const T *means, *depths, *by_conics, *covs, *by_compensations;  // null: all 0
 };
+
+template <class T, int count>
+TZ_INLINE void load(const T* from, int64_t n, T* to) {
+  for (int k = 0; k < count; ++k) to[k] = from ? from[count * n + k] : T(0);
+}
 
 // Adds up to BLOCK splats seen by one camera; `view` sums in double precision.
 template <int bytes, class T>
@@ -163,12 +170,12 @@ TZ_INLINE void back_body(const Options* options, const projection::View<T>* view
                          double* g_view) {
   for (int64_t n = begin; n < end; ++n) {
     if (above.radii[2 * n] <= 0 || above.radii[2 * n + 1] <= 0) continue;
-    const T *by_conic = above.by_conics + 3 * n, *by_cov = above.covs + 3 * n;
-    const projection::ScreenGrad<T> grad{{above.means[2 * n], above.means[2 * n + 1]},
-                                    above.depths[n],
-                                    {by_conic[0], by_conic[1], by_conic[2]},
-                                    {by_cov[0], by_cov[1], by_cov[2]},
-                                    above.by_compensations[n]};
+    projection::ScreenGrad<T> grad;
+    load<T, 2>(above.means, n, grad.mean);
+    load<T, 1>(above.depths, n, &grad.depth);
+    load<T, 3>(above.by_conics, n, grad.conic);
+    load<T, 3>(above.covs, n, grad.cov);
+    load<T, 1>(above.by_compensations, n, &grad.compensation);
     T part[12] = {};
     projection::project_backward(*options, *view, in.means + 3 * n, in.quats + 4 * n, in.scales + 3 * n,
                             above.conics + 3 * n, above.compensations[n], grad, g_means + 3 * n,
@@ -197,9 +204,11 @@ void back_all(Sizes sizes, const Options& options, const Tensor& means, const Te
     bool seen[BLOCK] = {};
     for (int64_t c = 0; c < C; ++c) {
       const int64_t at = c * sizes.splats;
-      const Above<T> here{above.radii + 2 * at,     above.conics + 3 * at, above.compensations + at,
-                          above.means + 2 * at,     above.depths + at,     above.by_conics + 3 * at,
-                          above.covs + 3 * at, above.by_compensations + at};
+      const auto from = [&](const T* values, int64_t width) { return values ? values + width * at : nullptr; };
+      const Above<T> here{above.radii + 2 * at,        above.conics + 3 * at,
+                          above.compensations + at,    from(above.means, 2),
+                          from(above.depths, 1),       from(above.by_conics, 3),
+                          from(above.covs, 3),         from(above.by_compensations, 1)};
       back_run(&options, &views[c], in, here, begin, end, to_means, axes,
                parts.data() + 12 * (block * C + c));
       for (int64_t n = begin; n < end; ++n) seen[n - begin] |= here.radii[2 * n] > 0;
@@ -221,26 +230,25 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> splat_project_backward(
     const Tensor& means_, const Tensor& quats_, const Tensor& scales_, const Tensor& viewmats_,
     const Tensor& Ks_, int64_t width, int64_t height, int64_t kernel, int64_t camera, double eps2d,
     bool antialiased, bool inria, const Tensor& radii_, const Tensor& conics_,
-    const Tensor& compensations_, const Tensor& g_means2d_, const Tensor& g_depths_,
-    const Tensor& g_conics_, const Tensor& g_covs2d_, const Tensor& g_compensations_) {
+    const Tensor& compensations_, const MaybeTensor& g_means2d, const MaybeTensor& g_depths, const MaybeTensor& g_conics,
+    const MaybeTensor& g_covs2d, const MaybeTensor& g_compensations) {
   using torch::stable::contiguous;
   const Tensor means = contiguous(means_), quats = contiguous(quats_), scales = contiguous(scales_);
   const Tensor viewmats = contiguous(viewmats_), Ks = contiguous(Ks_), radii = contiguous(radii_);
   const Tensor conics = contiguous(conics_), compensations = contiguous(compensations_);
-  const Tensor g_means2d = contiguous(g_means2d_), g_depths = contiguous(g_depths_);
-  const Tensor g_conics = contiguous(g_conics_), g_covs2d = contiguous(g_covs2d_);
-  const Tensor g_compensations = contiguous(g_compensations_);
   const Sizes sizes = sizes_of(means, quats, scales, viewmats, Ks);
   const ScalarType type = means.scalar_type();
   const int64_t C = sizes.cameras, N = sizes.splats;
   expect(radii, {C, N, 2}, ScalarType::Int, "radii");
   expect(conics, {C, N, 3}, type, "conics");
   expect(compensations, {C, N}, type, "compensations");
-  expect(g_means2d, {C, N, 2}, type, "g_means2d");
-  expect(g_depths, {C, N}, type, "g_depths");
-  expect(g_conics, {C, N, 3}, type, "g_conics");
-  expect(g_covs2d, {C, N, 3}, type, "g_covs2d");
-  expect(g_compensations, {C, N}, type, "g_compensations");
+  const auto given = [&](const MaybeTensor& g, std::initializer_list<int64_t> shape, const char* name) {
+    if (g) expect(*g, shape, type, name);
+    return g ? MaybeTensor(contiguous(*g)) : MaybeTensor();
+  };
+  const MaybeTensor by_means = given(g_means2d, {C, N, 2}, "g_means2d"), by_depths = given(g_depths, {C, N}, "g_depths");
+  const MaybeTensor by_conics = given(g_conics, {C, N, 3}, "g_conics"), by_covs = given(g_covs2d, {C, N, 3}, "g_covs2d");
+  const MaybeTensor by_compensations = given(g_compensations, {C, N}, "g_compensations");
   const Options options{width, height, int(kernel), int(camera), eps2d, 0, 0, 0, 0, antialiased,
                         inria};
   Tensor g_means = fresh(means, {N, 3});
@@ -248,10 +256,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> splat_project_backward(
   Tensor g_scales = fresh(means, {N, 3});
   Tensor g_viewmats = fresh(means, {C, 4, 4});
   const auto run = [&]<class T>(T) {
-    const Above<T> above{radii.const_data_ptr<int32_t>(),    conics.const_data_ptr<T>(),
-                         compensations.const_data_ptr<T>(),  g_means2d.const_data_ptr<T>(),
-                         g_depths.const_data_ptr<T>(),       g_conics.const_data_ptr<T>(),
-                         g_covs2d.const_data_ptr<T>(),       g_compensations.const_data_ptr<T>()};
+    const auto data = [](const MaybeTensor& g) { return g ? g->const_data_ptr<T>() : nullptr; };
+    const Above<T> above{radii.const_data_ptr<int32_t>(),
+                         conics.const_data_ptr<T>(),
+                         compensations.const_data_ptr<T>(),
+                         data(by_means),
+                         data(by_depths),
+                         data(by_conics),
+                         data(by_covs),
+                         data(by_compensations)};
     back_all<T>(sizes, options, means, quats, scales, viewmats, Ks, above, g_means, g_quats, g_scales,
                 g_viewmats);
   };

@@ -30,7 +30,7 @@ struct Splats {
 template <class T, int count>
 __device__ __forceinline__ void load(const T* from, int64_t row, T* to) {
 #pragma unroll
-  for (int i = 0; i < count; ++i) to[i] = from[count * row + i];
+  for (int i = 0; i < count; ++i) to[i] = from ? from[count * row + i] : T(0);
 }
 
 template <int count, class T>
@@ -66,11 +66,13 @@ __global__ void __launch_bounds__(THREADS)
   to.compensations[item] = screen.compensation;
 }
 
+using MaybeTensor = std::optional<Tensor>;
+
 template <class T>
 struct Above {
   const int* radii;
   const T *conics, *compensations;
-  const T *g_means2d, *g_depths, *g_conics, *g_covs2d, *g_compensations;
+  const T *g_means2d, *g_depths, *g_conics, *g_covs2d, *g_compensations;  // null: all 0
 };
 
 template <class T>
@@ -108,10 +110,10 @@ __global__ void __launch_bounds__(THREADS)
       ScreenGrad<T> above;
       T conic[3];
       load<T, 2>(from.g_means2d, item, above.mean);
-      above.depth = from.g_depths[item];
+      load<T, 1>(from.g_depths, item, &above.depth);
       load<T, 3>(from.g_conics, item, above.conic);
       load<T, 3>(from.g_covs2d, item, above.cov);
-      above.compensation = from.g_compensations[item];
+      load<T, 1>(from.g_compensations, item, &above.compensation);
       load<T, 3>(from.conics, item, conic);
       project_backward(options, splats.view(camera, options), mean, quat, scale, conic,
                        from.compensations[item], above, g_mean, g_axes, g_view);
@@ -209,22 +211,25 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> splat_project(
 std::tuple<Tensor, Tensor, Tensor, Tensor> splat_project_backward(
     const Tensor& means, const Tensor& quats, const Tensor& scales, const Tensor& viewmats, const Tensor& Ks,
     int64_t width, int64_t height, int64_t kernel, int64_t camera, double eps2d, bool antialiased, bool inria,
-    const Tensor& radii, const Tensor& conics, const Tensor& compensations, const Tensor& g_means2d,
-    const Tensor& g_depths, const Tensor& g_conics, const Tensor& g_covs2d, const Tensor& g_compensations) {
+    const Tensor& radii, const Tensor& conics, const Tensor& compensations, const MaybeTensor& g_means2d,
+    const MaybeTensor& g_depths, const MaybeTensor& g_conics, const MaybeTensor& g_covs2d,
+    const MaybeTensor& g_compensations) {
   const DeviceGuard guard(means.get_device_index());
   const Given given(means, quats, scales, viewmats, Ks);
   const int64_t C = given.cameras, N = given.splats;
-  check_devices("splat_project_backward", {means, radii, conics, compensations, g_means2d, g_depths, g_conics,
-                                           g_covs2d, g_compensations});
+  check_devices("splat_project_backward", {means, radii, conics, compensations});
   const ScalarType type = means.scalar_type();
   const Tensor boxes = dense("radii", radii, ScalarType::Int, {C, N, 2}),
                shapes = dense("conics", conics, type, {C, N, 3}),
-               factors = dense("compensations", compensations, type, {C, N}),
-               g_points = dense("g_means2d", g_means2d, type, {C, N, 2}),
-               g_z = dense("g_depths", g_depths, type, {C, N}),
-               g_shapes = dense("g_conics", g_conics, type, {C, N, 3}),
-               g_covs = dense("g_covs2d", g_covs2d, type, {C, N, 3}),
-               g_factors = dense("g_compensations", g_compensations, type, {C, N});
+               factors = dense("compensations", compensations, type, {C, N});
+  const auto above = [&](const char* name, const MaybeTensor& g, std::initializer_list<int64_t> sizes) {
+    if (g) check_devices("splat_project_backward", {means, *g});
+    return g ? MaybeTensor(dense(name, *g, type, sizes)) : MaybeTensor();
+  };
+  const MaybeTensor g_points = above("g_means2d", g_means2d, {C, N, 2}), g_z = above("g_depths", g_depths, {C, N}),
+                    g_shapes = above("g_conics", g_conics, {C, N, 3}),
+                    g_covs = above("g_covs2d", g_covs2d, {C, N, 3}),
+                    g_factors = above("g_compensations", g_compensations, {C, N});
   const Options options{width, height, static_cast<int>(kernel), static_cast<int>(camera), eps2d, 0, 0, 0, 0,
                         antialiased, inria};
   Tensor g_means = torch::stable::empty_like(given.means), g_quats = torch::stable::empty_like(given.quats),
@@ -234,8 +239,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> splat_project_backward(
   const unsigned blocks = grid_of("splat_project_backward", N, THREADS);
   Tensor views = torch::stable::new_empty(given.means, {C, int64_t(blocks), int64_t(VIEW)});
   with_type(given.means, [&]<class T>() {
-    const Above<T> from{read<int>(boxes), read<T>(shapes),   read<T>(factors), read<T>(g_points),
-                        read<T>(g_z),     read<T>(g_shapes), read<T>(g_covs),  read<T>(g_factors)};
+    const auto data = [](const MaybeTensor& g) { return g ? read<T>(*g) : nullptr; };
+    const Above<T> from{read<int>(boxes), read<T>(shapes), read<T>(factors), data(g_points),
+                        data(g_z),        data(g_shapes),  data(g_covs),     data(g_factors)};
     const Gradients<T> to{write<T>(g_means), write<T>(g_quats), write<T>(g_scales), write<T>(views)};
     project_backward_kernel<T><<<blocks, THREADS, 0, stream(given.means)>>>(given.of<T>(nullptr, nullptr), options,
                                                                            from, to);

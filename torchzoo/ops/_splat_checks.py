@@ -86,4 +86,4 @@ def common_dtype(*tensors: Tensor | None) -> torch.dtype:
 
 def per_camera(x: Tensor, cameras: int, dims: int) -> Tensor:
     """`x` with a leading dimension of cameras, where it has only the other `dims`."""
-    return x.expand(cameras, *x.shape).contiguous() if x.ndim == dims else x
+    return x[None].expand(cameras, *x.shape).contiguous() if x.ndim == dims else x

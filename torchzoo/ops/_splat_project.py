@@ -270,11 +270,11 @@ def splat_project_backward(
     radii: Tensor,
     conics: Tensor,
     compensations: Tensor,
-    g_means2d: Tensor,
-    g_depths: Tensor,
-    g_conics: Tensor,
-    g_covs2d: Tensor,
-    g_compensations: Tensor,
+    g_means2d: Tensor | None,
+    g_depths: Tensor | None,
+    g_conics: Tensor | None,
+    g_covs2d: Tensor | None,
+    g_compensations: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     c, n = (radii > 0).all(-1).nonzero().unbind(1)
     options = (width, height, kernel, camera, eps2d, antialiased, inria)
@@ -283,9 +283,10 @@ def splat_project_backward(
         return _screen(means, quats, scales, views, Ks[c], options)[:5]
 
     with no_autocast(means):
-        pull = torch.func.vjp(project, means[n], quats[n], scales[n], viewmats[c])[1]
+        screen, pull = torch.func.vjp(project, means[n], quats[n], scales[n], viewmats[c])[:2]
         above = (g_means2d, g_depths, g_conics, g_covs2d, g_compensations)
-        slopes = pull(tuple(g[c, n] for g in above))
+        given = zip(screen, above, strict=True)
+        slopes = pull(tuple(torch.zeros_like(x) if g is None else g[c, n] for x, g in given))
     found = []
     for whole, at, slope in zip(
         (means, quats, scales, viewmats), (n, n, n, c), slopes, strict=True
@@ -306,6 +307,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
     means, quats, scales, _, _, viewmats, Ks, *options = inputs
     radii, _, _, conics, _, compensations = output
     ctx.mark_non_differentiable(radii)
+    ctx.set_materialize_grads(False)  # most renderings need no depths, covariances, compensations
     ctx.save_for_backward(means, quats, scales, viewmats, Ks, radii, conics, compensations)
     width, height, kernel, camera, eps2d, _, _, _, _, antialiased, inria = options
     ctx.options = (width, height, kernel, camera, eps2d, antialiased, inria)
@@ -314,11 +316,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
 def _backward(
     ctx: Any,
     _: Tensor | None,
-    g_means2d: Tensor,
-    g_depths: Tensor,
-    g_conics: Tensor,
-    g_covs2d: Tensor,
-    g_compensations: Tensor,
+    *above: Tensor | None,
 ) -> tuple[Tensor | None, ...]:
     means, quats, scales, viewmats, Ks, radii, conics, compensations = ctx.saved_tensors
     g_means, g_quats, g_scales, g_views = splat_project_backward(
@@ -331,7 +329,7 @@ def _backward(
         radii,
         conics,
         compensations,
-        *(g.contiguous() for g in (g_means2d, g_depths, g_conics, g_covs2d, g_compensations)),
+        *(None if g is None else g.contiguous() for g in above),
     )
     return g_means, g_quats, g_scales, None, None, g_views, *(None,) * 12
 

@@ -364,16 +364,22 @@ class Compositing(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        _, final_t, last, median = output
+        image, final_t, last, median = output
         ctx.mark_non_differentiable(last, median)
+        ctx.set_materialize_grads(False)  # else these two would get some, of zeros
+        ctx.channels = image.shape[-1]
         ctx.save_for_backward(*inputs[:7], *inputs[8:10], final_t, last)
         ctx.spacing, ctx.deterministic, ctx.size, ctx.options, _ = inputs[10:]
 
     @staticmethod
     def backward(
-        ctx: Any, g_image: Tensor, g_final_t: Tensor, *_: Any
+        ctx: Any, g_image: Tensor | None, g_final_t: Tensor | None, *_: Any
     ) -> tuple[Tensor | None, ...]:
         *inputs, backgrounds, tracked, tile_offsets, ids, final_t, last = ctx.saved_tensors
+        if g_image is None:
+            g_image = final_t.new_zeros(*final_t.shape, ctx.channels)
+        if g_final_t is None:
+            g_final_t = torch.zeros_like(final_t)
         g_image, g_final_t = g_image.contiguous(), g_final_t.contiguous()
         *slopes, g_beta, g_abs = splat_raster_backward(
             *inputs,

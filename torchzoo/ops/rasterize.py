@@ -299,7 +299,7 @@ def _directions(means: Tensor, viewmats: Tensor, camera_model: CameraModel) -> T
     R, t = viewmats[:, :3, :3], viewmats[:, :3, 3]
     if camera_model == "orthographic":
         return R[:, 2:].expand(-1, means.shape[0], -1)
-    return means + t[:, None] @ R  # the camera is at -R^T t
+    return means[None] + t[:, None] @ R  # the camera is at -R^T t
 
 
 def _channels(

@@ -6,6 +6,7 @@ Y_l^0, and sqrt(2) Re Y_l^m for m > 0, in order of l and then of m.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -63,11 +64,19 @@ def spherical_harmonics(degree: int, dirs: Tensor, coeffs: Tensor) -> Tensor:
     except RuntimeError:
         expected = f"leading dimensions that broadcast with {tuple(dirs.shape[:-1])}"
         raise ValueError(f"coeffs: got {tuple(coeffs.shape)}, expected {expected}") from None
-    dtype, K = common_dtype(dirs, coeffs), coeffs.shape[-2]
-    flat = dirs.to(dtype).expand(*lead, 3).reshape(-1, 3).contiguous()
-    weights = coeffs.to(dtype).expand(*lead, K, 3).reshape(flat.shape[0], K, 3).contiguous()
+    dtype = common_dtype(dirs, coeffs)
+    flat = _spread(dirs.to(dtype), lead, 1).contiguous()
+    weights = _spread(coeffs.to(dtype), lead, 2).contiguous()
     with below_autograd(flat, weights):
         return splat_sh(degree, flat, weights).reshape(*lead, 3)
+
+
+def _spread(x: Tensor, lead: tuple[int, ...], own: int) -> Tensor:
+    """Broadcast the leading dimensions of x to these, and make one of them."""
+    tail = x.shape[-own:]
+    if math.prod(x.shape[:-own]) != math.prod(lead):  # else a sum of gradients would be a copy
+        x = x.expand(*lead, *tail)
+    return x.reshape(math.prod(lead), *tail)
 
 
 def check_coefficients(name: str, coeffs: Tensor, degree: int) -> None:
