@@ -32,6 +32,7 @@ from torchzoo.ops import (
     log_max_sum,
     lti_scan,
     ordered_matmul,
+    pair_mixtures,
     plas_sort,
     rans_encode,
     rasterize,
@@ -111,6 +112,8 @@ def results() -> list[Tensor]:
     ]
     latent = [normal(2, 9, 5), normal(9, 3), normal(9, 5), normal(9, 6), normal(9, 5, 3)]
     means_given = hyper_condition(*latent)
+    shifts, scores = normal(2, 7), normal(3, 7)
+    mixtures = pair_mixtures(x, *shifts.unbind(), scores)
     alike = s3im_groups(left, right.T[:31, :27].contiguous(), torch.arange(64).view(8, 8) % 31)
     words = rans_encode(
         torch.arange(900) % 3, torch.tensor([0, 9, 11, 16]).expand(900, 4), precision=4
@@ -119,10 +122,12 @@ def results() -> list[Tensor]:
     exact += [torch.frombuffer(bytearray(words), dtype=torch.uint8)]
     exact += [plas_sort(pairs.detach().view(90, 4)[:81], min_block=2, generator=generator)]
     found = [y, *steps, *pixels, ffn, experts, *bent, *spaces, *logs, *drawn, means_given, alike]
+    found += [*mixtures]
     found += [product.to_dense()]
     inputs = [x, weight, frame, acc, weight_t, image, sums, kernels, token, up, down, gate]
     inputs += [rows, w_in, w_out, scale, v, log_x, a_bar, drive, start]
     inputs += [level, mixed, mixing, pairs, means, quats, sizes, colours, poses, *latent]
+    inputs += [shifts, scores]
     total = sum((t.square().sum() for t in found[:-1]), found[0].new_zeros(()))
     return [*found, *exact, *torch.autograd.grad(total, inputs)]
 

@@ -7,7 +7,6 @@ import pytest
 import torch
 from scipy.special import erf
 
-import torchzoo.activations.kan as kan
 from torchzoo.activations import AFKAN, AFKANLayer, KANLinear, PairBasis, ReLUProductBasis
 from torchzoo.activations.af_kan import REDUCTIONS, combine_branches
 from torchzoo.activations.basis import ACTIVATIONS
@@ -270,28 +269,6 @@ def test_sequences_autocast_compile(reduction):
     torch.compiler.reset()
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x), y)
-
-
-@pytest.mark.parametrize("reduction", REDUCTIONS)
-def test_tiles_change_nothing(reduction, monkeypatch):
-    torch.manual_seed(0)
-    layer = AFKANLayer(6, 3, reduction=reduction, dtype=torch.float64)
-    x = torch.as_tensor(inputs(11, 6)).requires_grad_()
-    upstream = torch.randn(11, 3, dtype=torch.float64)
-    wanted = [x, *layer.parameters()]
-    whole = [layer(x), *torch.autograd.grad(layer(x), wanted, upstream)]
-    monkeypatch.setattr(kan, "TILE", 3 * 6 * 8)
-    tiled = [layer(x), *torch.autograd.grad(layer(x), wanted, upstream)]
-    for one, two in zip(tiled, whole, strict=True):
-        torch.testing.assert_close(one, two, rtol=0, atol=1e-12)
-
-
-def test_the_batch_is_scaled_whole_however_large(monkeypatch):
-    layer = AFKANLayer(6, 3, func_norm="batch")
-    x = torch.rand(11, 6)
-    y = layer(x)
-    monkeypatch.setattr(kan, "TILE", 3 * 6 * 8)
-    assert torch.equal(layer(x), y)
 
 
 def test_streams_share_weights_and_only_outputs_meet():

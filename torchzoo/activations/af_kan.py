@@ -31,16 +31,14 @@ from torch import Tensor, nn
 from torchzoo import peers
 from torchzoo.activations.basis import ACTIVATIONS, check_choice, check_count
 from torchzoo.activations.kan import compute_type, in_tiles
-from torchzoo.activations.pair_basis import PairBasis
+from torchzoo.activations.pair_basis import SCALINGS, PairBasis
 from torchzoo.hub import ZooModel
-from torchzoo.ops.calling import no_autocast
 from torchzoo.registry import Comparison, Example, register
 
 __all__ = ["AFKAN", "AFKANLayer", "PairBasis"]
 
 REDUCTIONS = ("global_attn", "multistep", "spatial_attn")
 NORMS = ("layer", "batch", "none")
-FUNC_NORMS = ("sample", "batch", "none")
 BRANCH_COMBINES = ("sum", "product", "sum_product", "quadratic")
 
 _UPSTREAM = {
@@ -53,16 +51,6 @@ _UPSTREAM = {
     "conv1d.weight": "conv.weight",
     "conv1d.bias": "conv.bias",
 }
-
-
-def min_max(phi: Tensor, dims: tuple[int, ...] | None = None) -> Tensor:
-    """Scale to [0, 1] over some dimensions, or all; where all values are equal they become 0."""
-    dims = tuple(range(phi.ndim)) if dims is None else dims
-    if phi.numel() == 0:
-        return phi
-    low = phi.amin(dims, keepdim=True)
-    extent = phi.amax(dims, keepdim=True) - low
-    return (phi - low) / extent.where(extent > 0, 1)
 
 
 def _input(width: int) -> tuple[Tensor]:
@@ -157,7 +145,7 @@ class AFKANLayer(ZooModel):
         for name in self.reductions:
             check_choice("reduction", name, REDUCTIONS)
         check_choice("norm", norm, NORMS)
-        check_choice("func_norm", func_norm, FUNC_NORMS)
+        check_choice("func_norm", func_norm, SCALINGS)
         self.in_features, self.out_features, self.func_norm = in_features, out_features, func_norm
         factory = {"device": device, "dtype": dtype}
         self.basis = PairBasis(
@@ -216,15 +204,14 @@ class AFKANLayer(ZooModel):
         }[reduction]
         rows = compute_type(x).reshape(-1, self.in_features)
         held = self.basis.num_basis * self.in_features
-        alone = self.func_norm != "batch"  # rows that act on each other can't be tiled
-        return in_tiles(function, rows, held, fused=alone).reshape(x.shape)
+        # rows that act on each other can't be tiled, and the operator has no need of it
+        operator = reduction != "spatial_attn" and self.basis.has_operator()
+        whole = operator or self.func_norm == "batch"
+        return in_tiles(function, rows, held, fused=not whole).reshape(x.shape)
 
     def _functions(self, x: Tensor) -> Tensor:
         """The scaled pair functions of x (n, D), with the functions first: (n, K, D)."""
-        phi = self.basis.evaluate(x)
-        if self.func_norm == "none":
-            return phi
-        return min_max(phi, (-2, -1) if self.func_norm == "sample" else None)
+        return self.basis.scaled(x, self.func_norm)
 
     def _multistep(self, x: Tensor) -> Tensor:
         assert self.score is not None
@@ -245,30 +232,8 @@ class AFKANLayer(ZooModel):
         return (weights * phi).sum(-2)
 
     def _mixtures(self, x: Tensor, weight: Tensor) -> Tensor:
-        """Sums of the scaled pair functions of x (n, D), times weights (M, K): (n, M, D).
-
-        As the scaling is affine, it is applied to the sums, which are fewer than the functions.
-        """
-        phi = self.basis.evaluate(x)  # (n, K, D)
-        with no_autocast(x):  # of sums in half precision the scaling would leave little
-            mixed = torch.bmm(weight.to(phi.dtype).expand(len(x), -1, -1), phi)
-        if self.func_norm == "none" or phi.numel() == 0:
-            return mixed
-        low, high = self._extremes(x, phi.detach())
-        extent = high - low
-        lift = low * weight.to(phi.dtype).sum(-1, keepdim=True)
-        return (mixed - lift) / extent.where(extent > 0, 1)
-
-    def _extremes(self, x: Tensor, phi: Tensor) -> tuple[Tensor, Tensor]:
-        """The least and the largest function of each sample, (n, 1, 1), or of the batch (1, 1, 1).
-
-        They are computed again at the input that they are of, and so are their gradients there.
-        """
-        if self.func_norm == "batch":
-            x, phi = x.reshape(1, -1), phi.movedim(1, 0).flatten(1).unsqueeze(0)
-        where = torch.stack([phi.amin(-2).argmin(-1), phi.amax(-2).argmax(-1)], -1)
-        ends = self.basis.evaluate(x.gather(-1, where))  # (n, K, 2)
-        return ends[..., :1].amin(1, keepdim=True), ends[..., 1:].amax(1, keepdim=True)
+        """Sums of the scaled pair functions of x (n, D), times weights (M, K): (n, M, D)."""
+        return self.basis.scaled_mixtures(x, weight, self.func_norm)
 
     def _sharpness(self) -> Tensor:
         assert self.temperature is not None

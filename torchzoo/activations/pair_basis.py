@@ -25,6 +25,9 @@ from torchzoo.activations.basis import (
     check_count,
     steps,
 )
+from torchzoo.ops import pair_mixtures
+from torchzoo.ops._elementwise import differentiate_formula
+from torchzoo.ops.calling import no_autocast
 from torchzoo.registry import Comparison, Example, register
 
 COMBINATIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
@@ -37,6 +40,19 @@ COMBINATIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "cubic2": lambda p, n: (p * n).pow(3),
 }
 """What a pair becomes, by name."""
+
+SCALINGS = ("sample", "batch", "none")
+"""What the least and the largest function, which become 0 and 1, are taken over."""
+
+
+def min_max(phi: Tensor, dims: tuple[int, ...] | None = None) -> Tensor:
+    """Scale to [0, 1] over some dimensions, or all; where all values are equal they become 0."""
+    dims = tuple(range(phi.ndim)) if dims is None else dims
+    if phi.numel() == 0:
+        return phi
+    low = phi.amin(dims, keepdim=True)
+    extent = phi.amax(dims, keepdim=True) - low
+    return (phi - low) / extent.where(extent > 0, 1)
 
 
 @register(
@@ -121,6 +137,54 @@ class PairBasis(UnivariateBasis):
         act = ACTIVATIONS[self.activation]
         # signs change before the tensors grow: so do their gradients', after they have shrunk
         return COMBINATIONS[self.combine](act(x + -low), act(high + -x))
+
+    def scaled(self, x: Tensor, scaling: str) -> Tensor:
+        """The functions of x `(n, D)`, scaled as one of `SCALINGS` says: `(n, K, D)`."""
+        phi = self.evaluate(x)
+        if scaling == "none":
+            return phi
+        return min_max(phi, (-2, -1) if scaling == "sample" else None)
+
+    def scaled_mixtures(self, x: Tensor, weight: Tensor, scaling: str) -> Tensor:
+        """Sums of the scaled functions of x `(n, D)`, times weights `(M, K)`: `(n, M, D)`.
+
+        As the scaling is affine, it is applied to the sums, which are fewer than the functions.
+        """
+        wanted = scaling != "none" and x.numel() > 0
+        ends: Tensor | None
+        if self.has_operator():
+            mixed, ends = pair_mixtures(x, self.low, self.high, weight)
+        else:
+            mixed, ends = self._mixtures(x, weight, wanted)
+        if not wanted or ends is None:
+            return mixed
+        if scaling == "batch":
+            first = torch.stack([ends[:, 0].argmin(), ends[:, 1].argmax()])
+            ends = ends.gather(0, first.unsqueeze(0))
+        low, high = ends[:, :1, None], ends[:, 1:, None]
+        extent = high - low
+        lift = low * weight.to(mixed.dtype).sum(-1, keepdim=True)
+        return (mixed - lift) / extent.where(extent > 0, 1)
+
+    def has_operator(self) -> bool:
+        """Whether one operator makes the mixtures, and nothing of K functions is held."""
+        usual = self.activation == "silu" and self.combine == "quad1"
+        return usual and not differentiate_formula()
+
+    def _mixtures(self, x: Tensor, weight: Tensor, wanted: bool) -> tuple[Tensor, Tensor | None]:
+        """Mixtures, and each sample's least and largest function `(n, 2)` where wanted.
+
+        These are computed again at the input that they are of, and so are their gradients there.
+        """
+        phi = self.evaluate(x)  # (n, K, D)
+        with no_autocast(x):  # of sums in half precision the scaling would leave little
+            mixed = torch.bmm(weight.to(phi.dtype).expand(len(x), -1, -1), phi)
+        if not wanted:
+            return mixed, None
+        known = phi.detach()
+        places = torch.stack([known.amin(-2).argmin(-1), known.amax(-2).argmax(-1)], -1)
+        at = self.evaluate(x.gather(-1, places))  # (n, K, 2)
+        return mixed, torch.stack([at[..., 0].amin(-1), at[..., 1].amax(-1)], -1)
 
     def extra_repr(self) -> str:
         return (

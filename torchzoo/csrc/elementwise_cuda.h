@@ -105,14 +105,15 @@ __global__ void __launch_bounds__(THREADS)
   total[j] = static_cast<A>(sum);
 }
 
-// The same for one feature, by a block.
+// total[j] = Σ_i sums[j·count + i], by a block each.
 template <class A>
 __global__ void __launch_bounds__(THREADS)
-    add_up_one_kernel(const A* __restrict__ sums, int64_t count, A* total) {
+    add_up_each_kernel(const A* __restrict__ sums, int64_t count, A* total) {
   double sum = 0;
-  for (int64_t i = threadIdx.x; i < count; i += THREADS) sum += static_cast<double>(sums[i]);
+  for (int64_t i = threadIdx.x; i < count; i += THREADS)
+    sum += static_cast<double>(sums[blockIdx.x * count + i]);
   const double all = block_sum(sum);
-  if (threadIdx.x == 0) *total = static_cast<A>(all);
+  if (threadIdx.x == 0) total[blockIdx.x] = static_cast<A>(all);
 }
 
 inline unsigned blocks_for(int64_t work, int64_t most) {
@@ -172,7 +173,7 @@ void launch_slopes(const char* op, const F& f, const Tensor& x, const T* grad, c
     A* partial = sums.mutable_data_ptr<A>();
     slopes_kernel<pack><<<blocks, THREADS, 0, stream(x)>>>(f, grad, from, p, packs, dx, partial);
     check_launch(op);
-    add_up_one_kernel<<<1, THREADS, 0, stream(x)>>>(static_cast<const A*>(partial), blocks, dp);
+    add_up_each_kernel<<<1, THREADS, 0, stream(x)>>>(static_cast<const A*>(partial), blocks, dp);
     check_launch(op);
   });
 }

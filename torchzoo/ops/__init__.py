@@ -22,6 +22,7 @@ from torchzoo.ops.log_einsum_exp import log_einsum_exp, log_einsum_exp2
 from torchzoo.ops.log_max_sum import log_max_sum
 from torchzoo.ops.lti_scan import lti_scan
 from torchzoo.ops.ordered_matmul import ordered_matmul
+from torchzoo.ops.pair_mixtures import pair_mixtures
 from torchzoo.ops.plas_sort import PlasStats, plas_sort
 from torchzoo.ops.project_gaussians import PackedProjection, Projected, project_gaussians
 from torchzoo.ops.rans import (
@@ -79,6 +80,7 @@ __all__ = [
     "lti_scan",
     "ordered_matmul",
     "pack_ffn",
+    "pair_mixtures",
     "plas_sort",
     "project_gaussians",
     "rans_decode",
