@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from torchzoo.ops import (
+    basis_functions,
     bounded_relu,
     categorical_log_prob,
     cauchy,
@@ -31,6 +32,7 @@ from torchzoo.ops import (
     log_einsum_exp2,
     log_max_sum,
     lti_scan,
+    mexican_hats,
     ordered_matmul,
     pair_mixtures,
     plas_sort,
@@ -118,16 +120,18 @@ def results() -> list[Tensor]:
     words = rans_encode(
         torch.arange(900) % 3, torch.tensor([0, 9, 11, 16]).expand(900, 4), precision=4
     )
+    shift, rate = normal(7, 19), normal(7, 19)
+    waves = [basis_functions(x, family, 7) for family in ("splines", "gaussians", "chebyshev")]
+    waves += [basis_functions(x, "splines", 5, order=2), mexican_hats(x, shift, rate)]
     exact = [ordered_matmul(x.detach(), up.detach().T.contiguous())]
     exact += [torch.frombuffer(bytearray(words), dtype=torch.uint8)]
     exact += [plas_sort(pairs.detach().view(90, 4)[:81], min_block=2, generator=generator)]
     found = [y, *steps, *pixels, ffn, experts, *bent, *spaces, *logs, *drawn, means_given, alike]
-    found += [*mixtures]
-    found += [product.to_dense()]
+    found += [*waves, *mixtures, product.to_dense()]
     inputs = [x, weight, frame, acc, weight_t, image, sums, kernels, token, up, down, gate]
     inputs += [rows, w_in, w_out, scale, v, log_x, a_bar, drive, start]
     inputs += [level, mixed, mixing, pairs, means, quats, sizes, colours, poses, *latent]
-    inputs += [shifts, scores]
+    inputs += [shift, rate, shifts, scores]
     total = sum((t.square().sum() for t in found[:-1]), found[0].new_zeros(()))
     return [*found, *exact, *torch.autograd.grad(total, inputs)]
 

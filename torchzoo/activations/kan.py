@@ -40,7 +40,7 @@ from torchzoo.activations.spline_basis import BSplineBasis
 from torchzoo.hub import ZooModel
 from torchzoo.registry import Comparison, Example, register
 
-TILE = 2**20  # features that are held at once, 4 MiB of float32
+TILE = 2**22  # features that are held at once, 16 MiB of float32
 
 _SILU = nn.SiLU()
 _FAMILIES: dict[str, Callable[..., UnivariateBasis]] = {
@@ -109,6 +109,14 @@ def in_tiles(
     return torch.cat(
         [checkpoint(function, p, use_reentrant=False, preserve_rng_state=False) for p in parts]
     )
+
+
+def as_columns(coef: Tensor) -> Tensor:
+    """Coefficients (O, D, K) as a matrix (K D, O) for features in the order of `evaluate`.
+
+    With a function's outputs side by side the gradient by it is the faster kind of product.
+    """
+    return rearrange(coef, "o i k -> (k i) o")
 
 
 def as_weights(features: Tensor, weight: Tensor) -> Tensor:
@@ -214,19 +222,17 @@ class KANLinear(ZooModel):
 
     def forward(self, x: Tensor) -> Tensor:
         self.check_inputs(x)
-        weight = rearrange(self.coef, "o i k -> o (k i)")
+        weight = as_columns(self.coef)
 
         def outputs(rows: Tensor) -> Tensor:
             base: Tensor | float = 0.0
             if self.base is not None:
                 base = F.linear(as_weights(self.base_activation(rows), weight), self.base)
             # last, as what comes after the last tensor that is kept is not computed again
-            return base + F.linear(
-                as_weights(self.basis.evaluate(rows).flatten(-2), weight), weight
-            )
+            return base + as_weights(self.basis.evaluate(rows).flatten(-2), weight) @ weight
 
         rows = compute_type(x).reshape(-1, self.in_features)
-        y = in_tiles(outputs, rows, weight.shape[-1], fused=self.fused)
+        y = in_tiles(outputs, rows, len(weight), fused=self.fused)
         return y.reshape(*x.shape[:-1], self.out_features)
 
     def check_inputs(self, x: Tensor) -> None:

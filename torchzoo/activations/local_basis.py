@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +23,7 @@ from torchzoo.activations.basis import (
     check_range,
     steps,
 )
-from torchzoo.ops._elementwise import differentiate_formula
+from torchzoo.ops import basis_functions, mexican_hats
 from torchzoo.registry import Comparison, Example, register
 
 
@@ -54,33 +53,6 @@ class _Centred(UnivariateBasis):
 
     def extra_repr(self) -> str:
         return f"num_basis={self.num_basis}, range={self.grid_range}"
-
-
-class _Gaussians(torch.autograd.Function):
-    """exp(-(u - k)^2), k = 0 .. K - 1, at u `(..., D)`: `(..., K, D)`.
-
-    In place, and with the slope -2 (u - k) times the result: new memory costs more than arithmetic.
-    """
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(u: Tensor, num_basis: int) -> Tensor:
-        offset = u.unsqueeze(-2) - steps(num_basis, u)
-        return offset.square_().neg_().exp_()
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.save_for_backward(inputs[0], output)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        u, phi = ctx.saved_tensors
-        each = grad * phi
-        centred = u * each.sum(-2)
-        for k, part in enumerate(each.unbind(-2)):
-            centred.sub_(part, alpha=k)
-        return -2 * centred, None
 
 
 @register(
@@ -118,9 +90,9 @@ class RBFBasis(_Centred):
         super().__init__(num_basis, grid_range)
 
     def evaluate(self, x: Tensor) -> Tensor:
-        if differentiate_formula():
-            return self.offset(x).square().neg().exp()
-        return _Gaussians.apply((x - self.grid_range[0]) / self.spacing, self.num_basis)
+        return basis_functions(
+            x, "gaussians", self.num_basis, low=self.grid_range[0], spacing=self.spacing
+        )
 
 
 @register(
@@ -222,40 +194,6 @@ class ReLUProductBasis(UnivariateBasis):
         return f"grid_size={self.grid_size}, order={self.order}, range={self.grid_range}"
 
 
-class _MexicanHat(torch.autograd.Function):
-    """c (1 - u^2) exp(-u^2 / 2), whose slope is c u (u^2 - 3) exp(-u^2 / 2)."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(u: Tensor) -> Tensor:
-        square = u.square()
-        bell = _bell(square)
-        return bell.sub_(square.mul_(bell))
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        (u,) = ctx.saved_tensors
-        square = u.square()
-        return (grad * u).mul_(_bell(square)).mul_(square.sub(3))
-
-
-def _bell(square: Tensor) -> Tensor:
-    """The factor c exp(-u^2 / 2), c within the exponential."""
-    return square.mul(-0.5).add_(math.log(2 / math.sqrt(3)) - math.log(math.pi) / 4).exp_()
-
-
-def _mexican_hat(u: Tensor) -> Tensor:
-    if differentiate_formula():
-        square = u.square()
-        return (1 - square) * _bell(square)
-    return _MexicanHat.apply(u)
-
-
 def _morlet(u: Tensor) -> Tensor:
     return torch.cos(5 * u) * (-u.square() / 2).exp()
 
@@ -265,7 +203,6 @@ def _derivative_of_gaussian(u: Tensor) -> Tensor:
 
 
 _WAVELETS: dict[str, Callable[[Tensor], Tensor]] = {
-    "mexican_hat": _mexican_hat,
     "morlet": _morlet,
     "dog": _derivative_of_gaussian,
 }
@@ -334,7 +271,7 @@ class WaveletBasis(UnivariateBasis):
         super().__init__()
         check_count("in_features", in_features)
         check_count("num_basis", num_basis, 2)
-        check_choice("kind", kind, list(_WAVELETS))
+        check_choice("kind", kind, ("mexican_hat", *_WAVELETS))
         self.in_features, self.num_basis, self.kind = in_features, num_basis, kind
         self.grid_range = check_range(grid_range)
         shape = (num_basis, in_features)
@@ -354,6 +291,8 @@ class WaveletBasis(UnivariateBasis):
 
     def evaluate(self, x: Tensor) -> Tensor:
         rate = (-self.log_scale).exp()
+        if self.kind == "mexican_hat":
+            return mexican_hats(x, self.shift, rate)
         u = torch.addcmul(-self.shift * rate, x.unsqueeze(-2), rate)
         return _WAVELETS[self.kind](u)
 

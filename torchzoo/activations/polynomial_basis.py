@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from torchzoo import peers
 from torchzoo.activations.basis import UnivariateBasis, check_count
+from torchzoo.ops import basis_functions
 from torchzoo.registry import Comparison, Example, register
 
 
@@ -83,8 +84,8 @@ class ChebyshevBasis(_Polynomials):
     def __init__(self, degree: int = 4) -> None:
         super().__init__(degree)
 
-    def following(self, n: int, z: Tensor, last: Tensor, before: Tensor) -> Tensor:
-        return 2 * z * last - before
+    def evaluate(self, x: Tensor) -> Tensor:
+        return basis_functions(x, "chebyshev", self.num_basis)
 
 
 @register(

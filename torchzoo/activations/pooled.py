@@ -11,13 +11,11 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 
 from torchzoo import peers
 from torchzoo.activations.basis import UnivariateBasis, check_count
-from torchzoo.activations.kan import as_weights, compute_type, in_tiles, make_basis
+from torchzoo.activations.kan import as_columns, as_weights, compute_type, in_tiles, make_basis
 from torchzoo.hub import ZooModel
 from torchzoo.registry import Comparison, Example, register
 
@@ -83,12 +81,12 @@ class PooledKAN(ZooModel):
         if self.bias is not None:
             total = total + self.bias
         for (name, basis, _), coef in zip(self.families(), weights, strict=True):
-            weight = rearrange(coef, "o i k -> o (k i)")
+            weight = as_columns(coef)
 
             def product(part: Tensor, basis: UnivariateBasis = basis, w: Tensor = weight) -> Tensor:
-                return F.linear(as_weights(basis.evaluate(part).flatten(-2), w), w)
+                return as_weights(basis.evaluate(part).flatten(-2), w) @ w
 
-            total = total + in_tiles(product, self._inputs_of(name, rows), weight.shape[-1])
+            total = total + in_tiles(product, self._inputs_of(name, rows), len(weight))
         return total.reshape(*x.shape[:-1], self.out_features)
 
     def _reset_functions(self) -> None:

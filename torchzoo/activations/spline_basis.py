@@ -1,12 +1,7 @@
 """B-splines: a closed form on a uniform grid, and their sparse form on any grid.
 
-A B-spline of order (degree) n on knots of spacing 1, centred at 0, is
-
-    B(s) = 1/n! sum_j (-1)^j C(n + 1, j) relu((n + 1)/2 - j - abs(s))^n,    j = 0 .. n // 2,
-
-two powers for a cubic. Its r-th derivative replaces n by n - r in the factorial and the power and
-gains the factor (-sign s)^r. So one function gives value, slope and what follows, nothing but the
-input is kept for the backward pass, and there is no recursion over orders.
+The closed form, an operator, needs two powers a cubic spline, no recursion over orders, and nothing
+but the input for the backward pass: see `torchzoo.ops.basis_functions`.
 
 On other knots, and in the sparse form, the order + 1 splines that are not 0 at an input come from
 the local triangle of Cox and de Boor: C. de Boor, On Calculating with B-Splines, 1972.
@@ -14,58 +9,12 @@ the local triangle of Cox and de Boor: C. de Boor, On Calculating with B-Splines
 
 from __future__ import annotations
 
-from math import comb, factorial
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from torchzoo.activations.basis import UnivariateBasis, check_count, check_range, steps
+from torchzoo.ops import basis_functions
 from torchzoo.registry import Comparison, Example, register
-
-
-class _CardinalSplines(torch.autograd.Function):
-    """The r-th derivatives of K B-splines on the knots .., -1, 0, 1, .. at u `(..., D)`.
-
-    Spline k has the knots k - order to k + 1, so that those that are not 0 in [0, 1] come first.
-    """
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(u: Tensor, num_basis: int, order: int, derivative: int) -> Tensor:
-        degree = order - derivative
-        centre = steps(num_basis, u) + (1 - order) / 2
-        if degree < 0:
-            return (centre - u.unsqueeze(-2)).zero_()
-        root = factorial(degree) ** (-1 / max(degree, 1))  # root^degree = 1 / degree!
-        s = root * centre - (root * u).unsqueeze(-2)
-        sign = s.sign() if derivative % 2 else None
-        inner = s.abs_().neg_().add_(root * (order + 1) / 2)
-        terms = []
-        for j in range(order // 2 + 1):  # in place: new memory costs more than the arithmetic
-            following = inner - root if j < order // 2 else inner
-            inner.relu_()
-            terms.append(inner.pow_(degree) if degree else (inner > 0).to(u.dtype))
-            inner = following
-        total = terms[0]
-        for j in range(1, len(terms)):
-            total.add_(terms[j], alpha=(-1) ** j * comb(order + 1, j))
-        return total if sign is None else total.mul_(sign)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        u, *ctx.setting = inputs
-        ctx.save_for_backward(u)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        (u,), (num_basis, order, derivative) = ctx.saved_tensors, ctx.setting
-        slope = _CardinalSplines.apply(u, num_basis, order, derivative + 1)
-        total = torch.zeros_like(u)
-        for one, upstream in zip(slope.unbind(-2), grad.unbind(-2), strict=True):
-            total = torch.addcmul(total, one, upstream)  # and no tensor of all the products
-        return total, None, None, None
 
 
 @register(
@@ -157,8 +106,14 @@ class BSplineBasis(UnivariateBasis):
 
     def evaluate(self, x: Tensor) -> Tensor:
         if self.knots is None:
-            u = (x - self.grid_range[0]) / self.spacing
-            return _CardinalSplines.apply(u, self.num_basis, self.order, 0)
+            return basis_functions(
+                x,
+                "splines",
+                self.num_basis,
+                order=self.order,
+                low=self.grid_range[0],
+                spacing=self.spacing,
+            )
         index, values = self._local(x)
         padded = x.new_zeros(*x.shape[:-1], self.num_basis + 2 * self.order, x.shape[-1])
         return padded.scatter(-2, index, values).narrow(-2, self.order, self.num_basis)

@@ -4,6 +4,7 @@ Importing the operators loads the kernel libraries that are there (see `torchzoo
 """
 
 from torchzoo.ops import library
+from torchzoo.ops.basis_functions import basis_functions
 from torchzoo.ops.block_log_einsum_exp import block_sparse_log_einsum_exp
 from torchzoo.ops.bounded_relu import bounded_relu
 from torchzoo.ops.categorical_log_prob import categorical_log_prob
@@ -21,6 +22,7 @@ from torchzoo.ops.knn import knn
 from torchzoo.ops.log_einsum_exp import log_einsum_exp, log_einsum_exp2
 from torchzoo.ops.log_max_sum import log_max_sum
 from torchzoo.ops.lti_scan import lti_scan
+from torchzoo.ops.mexican_hats import mexican_hats
 from torchzoo.ops.ordered_matmul import ordered_matmul
 from torchzoo.ops.pair_mixtures import pair_mixtures
 from torchzoo.ops.plas_sort import PlasStats, plas_sort
@@ -56,6 +58,7 @@ __all__ = [
     "RasterOutput",
     "SpGEMMPlan",
     "SpGEMMStats",
+    "basis_functions",
     "block_sparse_log_einsum_exp",
     "bounded_relu",
     "categorical_log_prob",
@@ -78,6 +81,7 @@ __all__ = [
     "log_einsum_exp2",
     "log_max_sum",
     "lti_scan",
+    "mexican_hats",
     "ordered_matmul",
     "pack_ffn",
     "pair_mixtures",
