@@ -276,6 +276,15 @@ def test_what_is_refused():
         EvoNormS0(48)
 
 
+def test_backward_of_an_evaluation_after_an_update():
+    layer = trained(EvoNormB0(4, dtype=torch.float64))
+    x = drawn(3, 4, 2, 2).requires_grad_()
+    y = layer.eval()(x)
+    (expected,) = torch.autograd.grad(y.sum(), x, retain_graph=True)
+    layer.train()(drawn(3, 4, 2, 2, seed=5, scale=9.0))
+    assert torch.equal(torch.autograd.grad(y.sum(), x)[0], expected)
+
+
 def test_without_running_statistics_evaluation_uses_the_batch():
     layer = EvoNormB0(4, track_running_stats=False)
     x = drawn(3, 4, 2, 2).float()

@@ -14,22 +14,15 @@ from torch import Tensor, nn
 
 from torchzoo import peers
 from torchzoo.activations.evonorm_base import FIXED_RANK, EvoNorm
-from torchzoo.activations.evonorm_functions import (
-    affine,
-    batch_and_space,
-    instance_rms,
-    instance_term,
-    over_larger,
-    variance,
-    variances_over_ranks,
-    widened,
-)
+from torchzoo.activations.evonorm_functions import variances_over_ranks, widened
+from torchzoo.ops import evonorm_batch
 from torchzoo.registry import Comparison, Example, register
 
 
 class _BatchEvoNorm(EvoNorm):
     """B series: the variance of the batch, or the running one in evaluation."""
 
+    centred = False
     running_var: Tensor | None
 
     def __init__(
@@ -66,35 +59,36 @@ class _BatchEvoNorm(EvoNorm):
             nn.init.ones_(self.running_var)
 
     def _normalize(self, x: Tensor) -> Tensor:
-        wide = widened(x)
-        var = self._batch_variance(wide)
-        return affine(over_larger(wide, var, self._other(wide), self.eps), self.weight, self.bias)
-
-    def _other(self, x: Tensor) -> Tensor:
-        """The term that competes with the deviation of the batch."""
-        raise NotImplementedError
-
-    def _batch_variance(self, x: Tensor) -> Tensor:
-        """`(C,)`, the biased variance of the batch, or the running one where that is due."""
         if self.running_var is not None and not self.training:
-            return self.running_var
+            # a copy, as an update may come before backward
+            return self._over_larger(x, self.running_var.clone())[0]
         if self.process_group is not None and dist.is_initialized():
-            var, unbiased = variances_over_ranks(
-                x, None if self.process_group == "world" else self.process_group
-            )
+            group = None if self.process_group == "world" else self.process_group
+            var, unbiased = variances_over_ranks(widened(x), group)
+            y, _ = self._over_larger(x, var)
         elif x.numel() == 0:  # nothing to measure, and nothing that needs it
-            return x.new_ones(self.num_features)
+            return self._over_larger(x, x.new_ones(self.num_features))[0]
         else:
             count = x.numel() // self.num_features
             if count == 1:
                 raise ValueError(
                     f"x: a batch variance needs more than one value a channel, got {tuple(x.shape)}"
                 )
-            var = variance(x, batch_and_space(x))
-            unbiased = var.detach() * (count / (count - 1))
+            y, var = self._over_larger(x, None)
+            unbiased = var * (count / (count - 1))
         if self.running_var is not None:
             self.running_var.lerp_(unbiased.to(self.running_var.dtype), self.momentum)
-        return var
+        return y
+
+    def _over_larger(self, x: Tensor, var: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The output, and the variance of the batch, which is measured unless given."""
+        return evonorm_batch(
+            x, self.weight, self.bias, self._slope(), var, eps=self.eps, centred=self.centred
+        )
+
+    def _slope(self) -> Tensor | None:
+        """The factors of x in the term that competes with the deviation of the batch."""
+        return self.v
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, momentum={self.momentum:g}"
@@ -148,10 +142,7 @@ class EvoNormB0(_BatchEvoNorm):
     """
 
     has_v = True
-
-    def _other(self, x: Tensor) -> Tensor:
-        assert self.v is not None
-        return instance_term(x, self.v, self.eps)
+    centred = True
 
 
 @_batch_layer
@@ -181,9 +172,6 @@ class EvoNormB1(_BatchEvoNorm):
         torch.Size([4, 8, 5])
     """
 
-    def _other(self, x: Tensor) -> Tensor:
-        return (x + 1) * instance_rms(x, self.eps)
-
 
 @_batch_layer
 class EvoNormB2(_BatchEvoNorm):
@@ -212,5 +200,5 @@ class EvoNormB2(_BatchEvoNorm):
         torch.Size([4, 8, 5])
     """
 
-    def _other(self, x: Tensor) -> Tensor:
-        return instance_rms(x, self.eps) - x
+    def _slope(self) -> Tensor:
+        return torch.full_like(self.weight, -1.0)

@@ -1,7 +1,4 @@
-"""The maths of EvoNorm as functions: statistics of batch, instance, B0 and S0.
-
-Statistics are biased, in two passes, in float32 at least.
-"""
+"""EvoNorm as functions: B0, S0, and what layers and graphs share."""
 
 from __future__ import annotations
 
@@ -11,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from torchzoo.ops import evonorm_sample
+from torchzoo.ops import evonorm_batch, evonorm_sample
 
 
 def evonorm_b0(
@@ -48,11 +45,7 @@ def evonorm_b0(
         >>> evonorm_b0(x, one, zero, one, eps=0.0).flatten().tolist()
         [-1.0, 0.5]
     """
-    wide = widened(x)
-    if batch_var is None:
-        batch_var = variance(wide, batch_and_space(x))
-    y = over_larger(wide, batch_var, instance_term(wide, v, eps), eps)
-    return affine(y, weight, bias).to(x.dtype)
+    return evonorm_batch(x, weight, bias, v, batch_var, eps=eps)[0]
 
 
 def evonorm_s0(
@@ -96,32 +89,6 @@ def column(vector: Tensor, x: Tensor) -> Tensor:
     return vector.to(x.dtype).view(-1, *[1] * (x.ndim - 2))
 
 
-def batch_and_space(x: Tensor) -> list[int]:
-    """All axes but the channels'."""
-    return [0, *range(2, x.ndim)]
-
-
-def variance(x: Tensor, axes: list[int], keepdim: bool = False) -> Tensor:
-    """The biased variance, in two passes."""
-    return x.var(axes, correction=0, keepdim=keepdim)
-
-
-def instance_term(x: Tensor, v: Tensor, eps: float) -> Tensor:
-    """`v x` + the deviation of each channel of each sample, the second branch of B0."""
-    std = (variance(x, list(range(2, x.ndim)), keepdim=True) + eps).sqrt()
-    return column(v, x) * x + std
-
-
-def instance_rms(x: Tensor, eps: float) -> Tensor:
-    """The root mean square of each channel of each sample."""
-    return (x.square().mean(list(range(2, x.ndim)), keepdim=True) + eps).sqrt()
-
-
-def over_larger(x: Tensor, batch_var: Tensor, other: Tensor, eps: float) -> Tensor:
-    """`x` over the larger of the batch's deviation and another term."""
-    return x / torch.maximum((column(batch_var, x) + eps).sqrt(), other)
-
-
 def affine(y: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """`y gamma + beta`, per channel."""
     return y * column(weight, y) + column(bias, y)
@@ -146,7 +113,7 @@ class _SumOverRanks(torch.autograd.Function):
 
 def variances_over_ranks(x: Tensor, group: dist.ProcessGroup | None) -> tuple[Tensor, Tensor]:
     """Biased and unbiased variance `(C,)` of all ranks' values; a rank may have none."""
-    axes = batch_and_space(x)
+    axes = [0, *range(2, x.ndim)]
     sums = _SumOverRanks.apply(torch.cat([x.sum(axes), x.new_tensor([_values(x)])]), group)
     count = sums[-1].detach().clamp_min(1)
     centred = x - column(sums[:-1] / count, x)

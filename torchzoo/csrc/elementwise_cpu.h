@@ -24,6 +24,34 @@ TZ_INLINE const A* widened(const T* from, int64_t n, A* buffer) {
   }
 }
 
+template <class T, class A>
+TZ_INLINE void narrow(const A* from, int64_t n, T* to) {
+  if constexpr (!std::is_same_v<A, T>)
+    for (int64_t i = 0; i < n; ++i) to[i] = static_cast<T>(from[i]);
+}
+
+// Σ (in[i] − mean), or with `squares` Σ (in[i] − mean)². The sums side by side are as many for every
+// instruction set, in vectors that it has: larger ones would go through memory.
+template <int bytes, bool squares, class A>
+TZ_INLINE A tile_sum(const A* in, int64_t n, A mean) {
+  using Vec __attribute__((vector_size(bytes))) = A;
+  constexpr int64_t lanes = bytes / sizeof(A), vectors = 64 / bytes;
+  Vec sums[vectors] = {};
+  int64_t i = 0;
+  for (; i + vectors * lanes <= n; i += vectors * lanes)
+    for (int64_t k = 0; k < vectors; ++k) {
+      Vec v;
+      std::memcpy(&v, in + i + k * lanes, sizeof(v));
+      v -= mean;
+      sums[k] += squares ? v * v : v;
+    }
+  A total = 0;
+  for (const Vec& sum : sums)
+    for (int64_t l = 0; l < lanes; ++l) total += sum[l];
+  for (; i < n; ++i) total += squares ? (in[i] - mean) * (in[i] - mean) : in[i] - mean;
+  return total;
+}
+
 // y[0 : n] = f(x[0 : n], p), p one number or n of them.
 template <int bytes, bool one, class F, class T, class A>
 TZ_INLINE void values_body(F f, const T* x, const A* p, int64_t n, T* y) {
@@ -35,18 +63,15 @@ TZ_INLINE void values_body(F f, const T* x, const A* p, int64_t n, T* y) {
     A* __restrict out = result;
     if constexpr (std::is_same_v<A, T>) out = y + begin;
     for (int64_t i = 0; i < count; ++i) out[i] = f.value(in[i], q[one ? 0 : i]);
-    if constexpr (!std::is_same_v<A, T>)
-      for (int64_t i = 0; i < count; ++i) y[begin + i] = static_cast<T>(result[i]);
+    narrow(result, count, y + begin);
   }
 }
 
 // dx[0 : n], and what goes to p: added to `dp` where it has features, else its sum is put there.
 template <int bytes, bool one, class F, class T, class A>
 TZ_INLINE void slopes_body(F f, const T* grad, const T* x, const A* p, int64_t n, T* dx, A* dp) {
-  using Vec __attribute__((vector_size(64))) = A;
-  constexpr int64_t lanes = 64 / sizeof(A);
   alignas(64) A wide_grad[TILE], wide[TILE], to_x[TILE], to_p[TILE];
-  Vec sum = {};
+  double sum = 0;
   for (int64_t begin = 0; begin < n; begin += TILE) {
     const int64_t count = std::min(TILE, n - begin);
     const A* in = widened(x + begin, count, wide);
@@ -59,20 +84,14 @@ TZ_INLINE void slopes_body(F f, const T* grad, const T* x, const A* p, int64_t n
       out[i] = both.x;
       to_p[i] = both.p;
     }
-    if constexpr (!std::is_same_v<A, T>)
-      for (int64_t i = 0; i < count; ++i) dx[begin + i] = static_cast<T>(to_x[i]);
+    narrow(to_x, count, dx + begin);
     if constexpr (one) {
-      for (int64_t i = count; i < TILE; ++i) to_p[i] = 0;
-      for (int64_t i = 0; i < count; i += lanes) sum += *reinterpret_cast<const Vec*>(to_p + i);
+      sum += static_cast<double>(tile_sum<bytes, false>(to_p, count, A(0)));
     } else {
       for (int64_t i = 0; i < count; ++i) dp[begin + i] += to_p[i];
     }
   }
-  if constexpr (one) {
-    A total = 0;
-    for (int64_t l = 0; l < lanes; ++l) total += sum[l];
-    *dp = total;
-  }
+  if constexpr (one) *dp = static_cast<A>(sum);
 }
 
 template <int bytes, class F, class T, class A>

@@ -20,51 +20,22 @@ struct Moments {
   A mean, rstd;  // without centring the mean is taken for 0
 };
 
-// Σ in[i], or with `squares` Σ (in[i] − mean)².
-template <bool squares, class A>
-TZ_INLINE A tile_sum(const A* in, int64_t n, A mean) {
-  using Vec __attribute__((vector_size(64))) = A;
-  constexpr int64_t lanes = 64 / sizeof(A);
-  Vec sum = {};
-  int64_t i = 0;
-  for (; i + lanes <= n; i += lanes) {
-    Vec v;
-    std::memcpy(&v, in + i, sizeof(v));
-    if constexpr (squares) {
-      v -= mean;
-      sum += v * v;
-    } else {
-      sum += v;
-    }
-  }
-  A total = 0;
-  for (int64_t l = 0; l < lanes; ++l) total += sum[l];
-  for (; i < n; ++i) total += squares ? (in[i] - mean) * (in[i] - mean) : in[i];
-  return total;
-}
-
-template <bool squares, class T, class A>
+template <int bytes, bool squares, class T, class A>
 TZ_INLINE double sum(const T* x, int64_t n, A mean) {
   alignas(64) A wide[TILE];
   double total = 0;
   for (int64_t begin = 0; begin < n; begin += TILE) {
     const int64_t count = std::min(TILE, n - begin);
-    total += static_cast<double>(tile_sum<squares>(widened(x + begin, count, wide), count, mean));
+    total += static_cast<double>(tile_sum<bytes, squares>(widened(x + begin, count, wide), count, mean));
   }
   return total;
 }
 
-template <class A, class T>
+template <int bytes, class A, class T>
 TZ_INLINE Moments<A> moments(const T* x, int64_t n, double eps, bool centred) {
-  const A mean = centred ? static_cast<A>(sum<false>(x, n, A(0)) / static_cast<double>(n)) : A(0);
-  const double var = sum<true>(x, n, mean) / static_cast<double>(n);
+  const A mean = centred ? static_cast<A>(sum<bytes, false>(x, n, A(0)) / static_cast<double>(n)) : A(0);
+  const double var = sum<bytes, true>(x, n, mean) / static_cast<double>(n);
   return {mean, static_cast<A>(1 / std::sqrt(var + eps))};
-}
-
-template <class T, class A>
-TZ_INLINE void narrow(const A* from, int64_t n, T* to) {
-  if constexpr (!std::is_same_v<A, T>)
-    for (int64_t i = 0; i < n; ++i) to[i] = static_cast<T>(from[i]);
 }
 
 // A group: x, y (channels, space); γ, β, v (channels).
@@ -72,7 +43,7 @@ template <int bytes, class T, class A>
 TZ_INLINE void values_body(const T* x, const A* gamma, const A* beta, const A* v, int64_t channels,
                            int64_t space, double eps, bool centred, T* y) {
   alignas(64) A wide[TILE], result[TILE];
-  const Moments<A> m = moments<A>(x, channels * space, eps, centred);
+  const Moments<A> m = moments<bytes, A>(x, channels * space, eps, centred);
   for (int64_t c = 0; c < channels; ++c) {
     const A scale = m.rstd * gamma[c], shift = beta[c], slope = v[c];
     for (int64_t begin = 0; begin < space; begin += TILE) {
@@ -98,7 +69,7 @@ TZ_INLINE void slopes_body(const T* grad, const T* x, const A* gamma, const A* v
   alignas(64) A wide_grad[TILE], wide[TILE], to_gamma[TILE], to_v[TILE];
   if constexpr (std::is_same_v<A, T>) partial = dx;
   const int64_t size = channels * space;
-  const Moments<A> m = moments<A>(x, size, eps, centred);
+  const Moments<A> m = moments<bytes, A>(x, size, eps, centred);
   double to_std = 0;  // Σ grad γ f
   for (int64_t c = 0; c < channels; ++c) {
     const A scale = m.rstd * gamma[c], slope = v[c];
@@ -114,9 +85,9 @@ TZ_INLINE void slopes_body(const T* grad, const T* x, const A* gamma, const A* v
         to_gamma[i] = s.gamma;
         to_v[i] = s.v;
       }
-      gammas += static_cast<double>(tile_sum<false>(to_gamma, count, A(0)));
-      betas += static_cast<double>(tile_sum<false>(g, count, A(0)));
-      slopes += static_cast<double>(tile_sum<false>(to_v, count, A(0)));
+      gammas += static_cast<double>(tile_sum<bytes, false>(to_gamma, count, A(0)));
+      betas += static_cast<double>(tile_sum<bytes, false>(g, count, A(0)));
+      slopes += static_cast<double>(tile_sum<bytes, false>(to_v, count, A(0)));
     }
     dgamma[c] = static_cast<A>(m.rstd * gammas);
     dbeta[c] = static_cast<A>(betas);

@@ -13,6 +13,7 @@ from torchzoo.ops.crrelu import crrelu
 from torchzoo.ops.delta_conv2d import delta_conv2d, delta_conv2d_step
 from torchzoo.ops.delta_linear import delta_linear, delta_linear_step, delta_scan
 from torchzoo.ops.diagonal_step import diagonal_step
+from torchzoo.ops.evonorm_batch import evonorm_batch
 from torchzoo.ops.evonorm_sample import evonorm_sample
 from torchzoo.ops.grouped_ffn import grouped_ffn
 from torchzoo.ops.grouped_mm import grouped_mm
@@ -70,6 +71,7 @@ __all__ = [
     "delta_linear_step",
     "delta_scan",
     "diagonal_step",
+    "evonorm_batch",
     "evonorm_sample",
     "frequency_tables",
     "grouped_ffn",

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from torchzoo.ops._elementwise import differentiate_formula
+from torchzoo.ops._evonorm import check_channels, column
 from torchzoo.ops.calling import below_autograd, loop_over_batch, no_autocast
 from torchzoo.ops.rows import wide
 
@@ -67,14 +68,8 @@ def evonorm_sample(
         >>> evonorm_sample(x, one, zero, zero, groups=1, eps=0.0).flatten().tolist()
         [-0.5, 0.5]
     """
-    if not x.is_floating_point() or x.ndim < 2:
-        raise ValueError(
-            f"x: expected floating point of shape (N, C, *spatial), got {x.dtype} {tuple(x.shape)}"
-        )
+    check_channels(x, {"weight": weight, "bias": bias, "v": v})
     channels = x.shape[1]
-    for name, vector in (("weight", weight), ("bias", bias), ("v", v)):
-        if vector.shape != (channels,):
-            raise ValueError(f"{name}: expected shape ({channels},), got {tuple(vector.shape)}")
     if groups < 1 or channels % groups:
         raise ValueError(f"groups: expected a divisor of {channels} channels, got {groups}")
     weight, bias, v = (vector.to(wide(x.dtype)) for vector in (weight, bias, v))
@@ -85,10 +80,6 @@ def evonorm_sample(
         op = torch.ops.torchzoo.evonorm_sample.default
         result: Tensor = op(x, weight, bias, v, groups, float(eps), centred)
         return result
-
-
-def _column(vector: Tensor, x: Tensor) -> Tensor:
-    return vector.view(-1, *[1] * (x.ndim - 2))
 
 
 def _split(x: Tensor, groups: int) -> tuple[Tensor, list[int]]:
@@ -113,9 +104,9 @@ def formula(
         moment = split.var(axes, correction=0, keepdim=True)
     else:
         moment = split.square().mean(axes, keepdim=True)
-    active = wide_x * (_column(v, x) * wide_x).sigmoid()
+    active = wide_x * (column(v, x) * wide_x).sigmoid()
     y = (_split(active, groups)[0] / (moment + eps).sqrt()).flatten(1, 2)
-    return (y * _column(weight, x) + _column(bias, x)).to(x.dtype)
+    return (y * column(weight, x) + column(bias, x)).to(x.dtype)
 
 
 def slopes(
@@ -129,15 +120,15 @@ def slopes(
     rstd = (offset.square().mean(axes, keepdim=True) + eps).rsqrt()
     space = [0, *range(2, x.ndim)]
 
-    t = _column(v, x) * wide_x
+    t = column(v, x) * wide_x
     gate = t.sigmoid()
     slope = gate * (-t).sigmoid()
     raw = wide_grad * (wide_x * gate)
-    scale = (_split(_column(weight, x).expand(x.shape), groups)[0] * rstd).flatten(1, 2)
+    scale = (_split(column(weight, x).expand(x.shape), groups)[0] * rstd).flatten(1, 2)
     dweight = (_split(raw, groups)[0] * rstd).flatten(1, 2).sum(space)
     dv = (scale * (wide_grad * wide_x * slope * wide_x)).sum(space)
 
-    to_rstd = _split(raw * _column(weight, x), groups)[0].sum(axes, keepdim=True)
+    to_rstd = _split(raw * column(weight, x), groups)[0].sum(axes, keepdim=True)
     count = x.shape[1:].numel() // groups
     pull = (offset * (rstd.pow(3) * to_rstd / count)).flatten(1, 2)
     dx = wide_grad * scale * (gate + t * slope) - pull
