@@ -13,8 +13,9 @@ import json
 import math
 import platform
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass, field, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
@@ -25,6 +26,7 @@ from torchzoo.catalogue import Paper, suggest
 from torchzoo.errors import UnknownNameError
 from torchzoo.files import atomic_path, write_json
 from torchzoo.version import __version__
+from torchzoo.workers import Place, find, place, side_by_side
 
 Verdict = Literal["reproduced", "partly", "not reproduced"]
 
@@ -82,6 +84,11 @@ class Measurement:
 
 
 Measurements = Mapping[str, Measurement]
+Tick = Callable[[str], None]
+
+
+def _silent(_: str) -> None:
+    """Take a line about the present step."""
 
 
 @dataclass(frozen=True)
@@ -107,8 +114,11 @@ class Context:
     seed: int
     options: Mapping[str, Any]
     device: torch.device
-    progress: Callable[[str], None] = lambda _: None
+    progress: Tick = _silent
     out: Path | None = None
+
+
+Trial = Callable[[Context], Mapping[str, float]]
 
 
 @dataclass(frozen=True)
@@ -124,6 +134,8 @@ class Experiment:
         budgets: Options by budget name; `full` and `smoke` must be there, each with `seeds`.
         trial: Runs one seed and returns named figures (the same names for every seed).
         plot: Draws the measurements on a matplotlib figure.
+        together: Whether the first trial computes what the other seeds need: then one worker runs
+            them all.
     """
 
     paper: int
@@ -132,8 +144,9 @@ class Experiment:
     baseline: str
     criteria: Sequence[Criterion]
     budgets: Mapping[str, Mapping[str, Any]]
-    trial: Callable[[Context], Mapping[str, float]]
+    trial: Trial
     plot: Callable[[Measurements, Any], None]
+    together: bool = False
 
 
 @dataclass(frozen=True)
@@ -187,6 +200,7 @@ def reproduce(
     seed: int = 0,
     device: str | torch.device = "cpu",
     out: str | Path | None = None,
+    jobs: int = 1,
     progress: Callable[[int, int, str], None] = lambda done, total, text: None,
 ) -> Result:
     """Run every seed of a budget and judge the criteria.
@@ -197,51 +211,96 @@ def reproduce(
         seed: The first seed; the others follow it.
         device: Where the trials run.
         out: Folder for `<unit>.json` and `<unit>.png`. With it a run that was interrupted goes on
-            after the last finished seed.
+            with the seeds that were not finished.
+        jobs: Seeds at once. Above 1 each runs in a worker process with one torch thread, and a
+            script must call this under `if __name__ == "__main__"`. Figures don't depend on it,
+            but for those that rounding changes with the number of threads, and measured times.
         progress: Called with seeds done, seeds in all, and a line about the present step.
 
     Raises:
         UnknownNameError: The experiment has no such budget.
-        ValueError: A trial gave a figure that is no finite number.
+        ValueError: A trial gave a figure that is no finite number, fewer jobs than one, or several
+            with a trial that is not at the top level of a module.
     """
     if budget not in experiment.budgets:
         near = suggest(budget, experiment.budgets)
         raise UnknownNameError(f"no budget {budget!r}, expected {sorted(experiment.budgets)}{near}")
+    if not isinstance(jobs, int) or jobs < 1:
+        raise ValueError(f"jobs: expected an integer at least 1, got {jobs!r}")
     options = dict(experiment.budgets[budget])
     seeds = list(range(seed, seed + options["seeds"]))
     device = torch.device(device)
     unit = experiment.trial.__module__.rpartition(".")[2]
-    partial = Path(out) / f"{unit}.partial.json" if out else None
+    folder = Path(out) if out else None
+    partial = folder / f"{unit}.partial.json" if folder else None
     state = _resume(partial, _fingerprint(experiment, options, seed, device))
+    trials, spent, started = state["trials"], state["seconds"], time.perf_counter()
 
-    for index in range(len(state["trials"]), len(seeds)):
-        started = time.perf_counter()
+    def tick(text: str) -> None:
+        progress(len(trials), len(seeds), text)
 
-        def tick(text: str, index: int = index) -> None:
-            progress(index, len(seeds), text)
-
-        tick("")
-        torch.manual_seed(seeds[index])
-        folder = Path(out) if out else None
-        figures = dict(experiment.trial(Context(seeds[index], options, device, tick, folder)))
-        _check_finite(figures, seeds[index])
-        state["trials"].append({name: float(value) for name, value in figures.items()})
-        state["seconds"] += time.perf_counter() - started
-        if partial:
-            write_json(partial, state)
-    progress(len(seeds), len(seeds), "")
+    tick("")
+    left = [Context(s, options, device, out=folder) for s in seeds if str(s) not in trials]
+    with closing(_runs(experiment, left, jobs, tick)) as runs:
+        for finished, figures in runs:
+            trials[str(finished)] = figures
+            state["seconds"] = spent + time.perf_counter() - started
+            if partial:
+                write_json(partial, state)
+            tick("")
 
     measured = {
-        name: Measurement(name, tuple(trial[name] for trial in state["trials"]))
-        for name in state["trials"][0]
+        name: Measurement(name, tuple(trials[str(s)][name] for s in seeds))
+        for name in trials[str(seed)]
     }
-    result = _judge(experiment, measured, budget, options, seeds, state["seconds"], device)
-    if out:
-        write_json(Path(out) / f"{unit}.json", result.to_json())
-        save_plot(experiment, measured, Path(out) / f"{unit}.png")
+    where = describe(device, threads=1 if jobs > 1 else None)
+    if jobs > 1 and len(seeds) > 1 and not experiment.together:
+        where += f", {min(jobs, len(seeds))} seeds at once"
+    result = _judge(experiment, measured, budget, options, seeds, state["seconds"], where)
+    if folder:
+        write_json(folder / f"{unit}.json", result.to_json())
+        save_plot(experiment, measured, folder / f"{unit}.png")
         assert partial is not None
         partial.unlink(missing_ok=True)
     return result
+
+
+def _runs(
+    experiment: Experiment, contexts: Sequence[Context], jobs: int, tick: Tick
+) -> Generator[tuple[int, dict[str, float]]]:
+    """Seeds and their figures, whichever is finished first."""
+    if jobs == 1:
+        for context in contexts:
+            yield context.seed, _run(experiment.trial, context, tick)
+        return
+    where = place(experiment.trial)
+    calls = side_by_side(
+        _run_apart,
+        [(where, context) for context in contexts],
+        1 if experiment.together else jobs,
+        lambda index, text: tick(f"seed {contexts[index].seed}: {text}"),
+    )
+    with closing(calls):
+        for index, figures in calls:
+            yield contexts[index].seed, figures
+
+
+def _run(trial: Trial, context: Context, tick: Tick) -> dict[str, float]:
+    """The figures of one seed."""
+    torch.manual_seed(context.seed)
+    found = trial(replace(context, progress=tick))
+    figures = {name: float(value) for name, value in found.items()}
+    for name, value in figures.items():
+        if not math.isfinite(value):
+            told = f"the trial gave {name} = {value}, expected a finite number"
+            raise ValueError(f"seed {context.seed}: {told}")
+    return figures
+
+
+def _run_apart(call: tuple[Place, Context], tick: Tick) -> dict[str, float]:
+    """The same in a worker."""
+    where, context = call
+    return _run(find(where), context, tick)
 
 
 def _judge(
@@ -251,7 +310,7 @@ def _judge(
     options: dict[str, Any],
     seeds: list[int],
     seconds: float,
-    device: torch.device,
+    device: str,
 ) -> Result:
     judged = [(criterion, *criterion.test(measured)) for criterion in experiment.criteria]
     return Result(
@@ -270,7 +329,7 @@ def _judge(
         seeds=seeds,
         seconds=round(seconds, 1),
         versions=versions(),
-        device=describe(device),
+        device=device,
         options=options,
     )
 
@@ -298,12 +357,12 @@ def versions() -> dict[str, str]:
     }
 
 
-def describe(device: str | torch.device) -> str:
-    """A device in words: the GPU's name, or the processor and its thread count."""
+def describe(device: str | torch.device, threads: int | None = None) -> str:
+    """A device in words: the GPU's name, or the processor and its thread count, torch's if None."""
     device = torch.device(device)
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{_processor()}, {torch.get_num_threads()} threads"
+    return f"{_processor()}, {threads or torch.get_num_threads()} threads"
 
 
 def _processor() -> str:
@@ -313,14 +372,6 @@ def _processor() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
-
-
-def _check_finite(figures: Mapping[str, float], seed: int) -> None:
-    for name, value in figures.items():
-        if not math.isfinite(value):
-            raise ValueError(
-                f"seed {seed}: the trial gave {name} = {value}, expected a finite number"
-            )
 
 
 def _fingerprint(
@@ -333,11 +384,12 @@ def _fingerprint(
 
 
 def _resume(partial: Path | None, fingerprint: str) -> dict[str, Any]:
-    fresh: dict[str, Any] = {"fingerprint": fingerprint, "trials": [], "seconds": 0.0}
+    fresh: dict[str, Any] = {"fingerprint": fingerprint, "trials": {}, "seconds": 0.0}
     if partial is None or not partial.is_file():
         return fresh
     try:
         state = json.loads(partial.read_text(encoding="utf-8"))
-        return state if state["fingerprint"] == fingerprint else fresh
+        same = state["fingerprint"] == fingerprint and isinstance(state["trials"], dict)
+        return state if same else fresh
     except (json.JSONDecodeError, KeyError, TypeError):
         return fresh

@@ -70,6 +70,14 @@ def reproduce(
     out: Annotated[Path, typer.Option(help="Folder for the results and plots.")] = Path(
         "torchzoo-results"
     ),
+    jobs: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            help="Seeds at once. Above 1 each runs in a process with one torch thread; times that "
+            "an experiment measures are then those of a busy machine.",
+        ),
+    ] = 1,
     as_json: Json = False,
 ) -> None:
     """Run a paper's experiment and judge its claim.
@@ -78,6 +86,8 @@ def reproduce(
     Ctrl-C keeps the finished seeds: the same command goes on after them.
 
     Example: [bold]torchzoo reproduce gaussian-adaptive --budget smoke[/bold]
+
+    Example: [bold]torchzoo reproduce 146 --jobs 2[/bold]
     """
     chosen = _choose(name, family, every)
     _check_plot()
@@ -87,7 +97,7 @@ def reproduce(
     results, failed = [], 0
     for paper in chosen:
         try:
-            result = _run(paper, budget.value, seed, target, out)
+            result = _run(paper, budget.value, seed, target, out, jobs)
         except Exception as error:
             if len(chosen) == 1:
                 raise
@@ -130,7 +140,7 @@ def _check_plot() -> None:
         raise TorchzooError("the plot needs matplotlib: pip install torchzoo[plot]")
 
 
-def _run(paper: Paper, budget: str, seed: int, device: str, out: Path) -> Result:
+def _run(paper: Paper, budget: str, seed: int, device: str, out: Path, jobs: int) -> Result:
     from torchzoo import experiment
 
     with working(f"importing {paper.slug}"):
@@ -138,7 +148,7 @@ def _run(paper: Paper, budget: str, seed: int, device: str, out: Path) -> Result
     try:
         with _progress(paper.slug) as tick:
             return experiment.reproduce(
-                loaded, budget=budget, seed=seed, device=device, out=out, progress=tick
+                loaded, budget=budget, seed=seed, device=device, out=out, jobs=jobs, progress=tick
             )
     except KeyboardInterrupt:
         stderr().print(f"{paper.slug}: the same command goes on after the finished seeds")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from typing import Literal, NamedTuple
 
@@ -74,6 +75,34 @@ def minimize_lbfgs(
         ([2.0, 2.0], True)
     """
     leaves = [p for p in params if p.requires_grad]
+
+    def differentiated() -> tuple[Tensor, Sequence[Tensor]]:
+        with torch.enable_grad():
+            loss = closure()
+        return loss.detach(), torch.autograd.grad(loss, leaves, materialize_grads=True)
+
+    return minimize_with_slopes(
+        differentiated, leaves, max_iter=max_iter, tol=tol, min_gain=min_gain
+    )
+
+
+def minimize_with_slopes(
+    objective: Callable[[], tuple[Tensor, Sequence[Tensor]]],
+    leaves: Sequence[Tensor],
+    *,
+    max_iter: int = 200,
+    tol: float = 1e-9,
+    min_gain: float = 0.0,
+) -> Solution:
+    """`minimize_lbfgs` of an objective that gives its slopes itself.
+
+    Args:
+        objective: Computes the objective and its slope for each leaf, without a graph.
+        leaves: Leaf tensors that require a gradient, moved in place.
+        max_iter: See `minimize_lbfgs`.
+        tol: See `minimize_lbfgs`.
+        min_gain: See `minimize_lbfgs`.
+    """
     if not leaves:
         raise ValueError("params: expected at least one tensor that requires a gradient, got none")
     grads = [p.grad for p in leaves]
@@ -89,28 +118,26 @@ def minimize_lbfgs(
         history_size=20,
         line_search_fn="strong_wolfe",
     )
-    best: tuple[Tensor, float, list[Tensor]] | None = None
+    best: tuple[float, float, Tensor, list[Tensor]] | None = None
     lows: list[float] = []  # the lowest objective after each evaluation
 
-    def evaluate() -> Tensor:
+    def evaluate() -> float:
         nonlocal best
-        with torch.enable_grad():
-            loss = closure()
-        slopes = torch.autograd.grad(loss, leaves, materialize_grads=True)
+        loss, slopes = objective()
         for p, g in zip(leaves, slopes, strict=True):
             p.grad = g
-        loss = loss.detach()
-        if best is None and not loss.isfinite():
-            raise ValueError(f"closure: expected a finite value at the start, got {loss.item()}")
+        value = loss.item()
+        if best is None and not math.isfinite(value):
+            raise ValueError(f"closure: expected a finite value at the start, got {value}")
         residual = max((g.abs().max().item() for g in slopes if g.numel()), default=0.0)
-        if best is None or (loss, residual) < best[:2]:
-            best = loss, residual, [p.detach().clone() for p in leaves]
+        if best is None or (value, residual) < best[:2]:
+            best = value, residual, loss, [p.detach().clone() for p in leaves]
         if min_gain:
-            lows.append(best[0].item())
+            lows.append(best[0])
             least = min_gain * max(1.0, abs(lows[-1]))
             if len(lows) > STALL and lows[-1 - STALL] - lows[-1] <= least:
                 raise _StalledError
-        return loss
+        return value
 
     try:
         with suppress(_StalledError):
@@ -119,12 +146,12 @@ def minimize_lbfgs(
         for p, g in zip(leaves, grads, strict=True):
             p.grad = g
     assert best is not None
-    value, residual, point = best
+    _, residual, lowest, point = best
     with torch.no_grad():
         for p, q in zip(leaves, point, strict=True):
             p.copy_(q)
     iterations = optimizer.state[leaves[0]]["n_iter"]
-    return Solution(value, residual <= tol, iterations, residual)
+    return Solution(lowest, residual <= tol, iterations, residual)
 
 
 def conjugate_gradient(

@@ -22,7 +22,12 @@ import torch.nn.functional as F
 from einops import einsum, rearrange
 from torch import Tensor
 
-from torchzoo.moe.likelihood import gate_cross_entropy, minimize_known
+from torchzoo.moe.likelihood import (
+    check_responses,
+    gate_cross_entropy,
+    mean_log_likelihood,
+    minimize_known,
+)
 
 if TYPE_CHECKING:
     from torchzoo.moe.gaussian import GaussianMoE
@@ -66,9 +71,9 @@ def fit_em(
         >>> len(trace), bool((trace.diff() > 0).all())
         (5, True)
     """
-    with torch.no_grad():
-        trace = [model.log_prob(x, y).mean()]
+    check_responses(x, y)
     x, y = x.reshape(-1, x.shape[-1]), y.flatten()
+    trace = [mean_log_likelihood(model, x, y)]
     for _ in range(max_iter):
         with torch.no_grad():
             responsibilities = model.responsibilities(x, y)
@@ -143,15 +148,14 @@ def _climb_gate(model: GaussianMoE, x: Tensor, y: Tensor, responsibilities: Tens
     """
     gate = list(model.gate.parameters())
     start = [p.detach().clone() for p in gate]
-    with torch.no_grad():
-        before = model.log_prob(x, y).mean()
+    before = mean_log_likelihood(model, x, y)
     update_gate(model, x, responsibilities)
     end = [p.detach().clone() for p in gate]
     with torch.no_grad():
         for halving in range(HALVINGS):
             for p, p0, p1 in zip(gate, start, end, strict=True):
                 p.copy_(torch.lerp(p0, p1, 0.5**halving))
-            after = model.log_prob(x, y).mean()
+            after = mean_log_likelihood(model, x, y)
             if after >= before:
                 return after
         for p, p0 in zip(gate, start, strict=True):

@@ -36,7 +36,7 @@ from torchzoo.moe.dense_to_sparse import ActivationDenseToSparseGate, DenseToSpa
 from torchzoo.moe.em import fit_em
 from torchzoo.moe.gates import NoisyTopKGate, SoftmaxGate, TopKGate
 from torchzoo.moe.gaussian_params import MoEParams
-from torchzoo.moe.likelihood import minimize_known, negative_log_likelihood
+from torchzoo.moe.likelihood import check_responses, minimize_known, negative_log_likelihood
 from torchzoo.moe.routing import Gate, check_count, top_k_mask, without_autocast
 from torchzoo.registry import Example, register
 
@@ -64,13 +64,6 @@ def _make_gate(
         return TopKGate(dim, num_experts, top_k, select_with_bias=with_bias, **factory)
     kinds = "'softmax', 'dense_to_sparse', 'activation', 'topk' or a Gate"
     raise ValueError(f"gate: expected {kinds}, got {kind!r}")
-
-
-def _check_responses(x: Tensor, y: Tensor) -> None:
-    if y.shape != x.shape[:-1]:
-        raise ValueError(
-            f"y: expected {tuple(x.shape[:-1])} as x is {tuple(x.shape)}, got {tuple(y.shape)}"
-        )
 
 
 def _check_gate(gate: Gate, dim: int, num_experts: int) -> None:
@@ -291,7 +284,7 @@ class GaussianMoE(ZooModel):
 
     def log_joint(self, x: Tensor, y: Tensor) -> Tensor:
         """`(..., k)`, `log pi_i(x) + log N(y | a_i^T x + b_i, var_i)`, y `(...)`."""
-        _check_responses(x, y)
+        check_responses(x, y)
         log_weights, mean = self.log_weights(x), self.expert_means(x)
         log_var = self.log_var.to(mean.dtype)
         squared = (y.unsqueeze(-1) - mean).square() * (-log_var).exp()
@@ -359,7 +352,7 @@ class GaussianMoE(ZooModel):
         elif method == "em":
             fit_em(self, x, y, max_iter=max_iter, tol=tol)
         elif method == "lbfgs":
-            _check_responses(x, y)
+            check_responses(x, y)
             rows = x.reshape(-1, x.shape[-1])
             objective = partial(negative_log_likelihood, self, rows, y.flatten())
             minimize_known(

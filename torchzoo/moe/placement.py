@@ -8,10 +8,10 @@ ranks for an iteration. `P` is the `(E, D)` matrix of owners and `P' >= P` that 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import KW_ONLY, dataclass
-from functools import cached_property
+from functools import cache, cached_property
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -99,7 +99,7 @@ class ExpertPlacement:
                 f"got {held.dtype} {tuple(held.shape)}"
             )
         check_nodes(held.shape[1], self.node_size)
-        lost = (one_owner(self.owner, held.shape[1]) & ~held.cpu()).any(1)
+        lost = (self.at_owner & ~held.cpu()).any(1)
         for expert in lost.nonzero()[:1].flatten().tolist():
             raise ValueError(
                 f"materialized: expected expert {expert} at its owner, rank "
@@ -115,6 +115,11 @@ class ExpertPlacement:
     def num_devices(self) -> int:
         """Number of ranks `D`."""
         return self.materialized.shape[1]
+
+    @cached_property
+    def at_owner(self) -> Tensor:
+        """`(E, D)` bool, True where a rank owns an expert."""
+        return one_owner(self.owner, self.num_devices)
 
     @property
     def sparsity(self) -> float:
@@ -141,34 +146,48 @@ class ExpertPlacement:
         `log2` of them; every other holder receives it once. Holders are ordered by node, and the
         longest steps come first: nearly each node receives an expert once.
         """
-        steps: dict[int, list[tuple[int, int, int]]] = {}
-        owners, size = self.owner.tolist(), self.node_size
-        nodes = self.num_devices // size
-        for expert in (self.materialized.sum(1) > 1).nonzero().flatten().tolist():
-            owner = owners[expert]
-            ranks = ((rank - owner) % self.num_devices for rank in self.replicas(expert))
-            placed = ((((owner + far) // size - owner // size) % nodes, far) for far in ranks)
-            line = [(owner + far) % self.num_devices for _, far in sorted(placed)]
-            for stride, source, target in _tree(len(line)):
-                steps.setdefault(stride, []).append((expert, line[source], line[target]))
-        return [steps[stride] for stride in sorted(steps, reverse=True)]
+        step, *transfers = self._transfers
+        rounds: list[list[tuple[int, int, int]]] = [[] for _ in range(step.max(initial=-1) + 1)]
+        for index, expert, source, target in np.stack([step, *transfers], 1).tolist():
+            rounds[index].append((expert, source, target))
+        return rounds
 
     @cached_property
     def flows(self) -> Tensor:
         """`(rounds, D, D)` float64, how many experts a rank sends to a rank in each round."""
-        shape = len(self.rounds), self.num_devices, self.num_devices
-        cells = [
-            (index * shape[1] + source) * shape[1] + target
-            for index, transfers in enumerate(self.rounds)
-            for _, source, target in transfers
-        ]
-        counts = torch.tensor(cells, dtype=torch.int64).bincount(minlength=math.prod(shape))
-        return counts.view(shape).double()
+        step, _, source, target = self._transfers
+        shape = step.max(initial=-1) + 1, self.num_devices, self.num_devices
+        cells = (step * shape[1] + source) * shape[1] + target
+        counts = np.bincount(cells, minlength=math.prod(shape)).astype(np.float64)
+        return torch.from_numpy(counts.reshape(shape))
+
+    @cached_property
+    def _transfers(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Round, expert, sender and receiver of each transfer, expert by expert."""
+        held, owner = self.materialized.cpu().numpy(), self.owner.cpu().numpy()[:, None]
+        devices, size = self.num_devices, self.node_size
+        copied = np.flatnonzero(held.sum(1) > 1)
+        held, owner = held[copied], owner[copied]
+        rank = np.arange(devices)
+        nodes_on = (rank // size - owner // size) % (devices // size)
+        place = nodes_on * devices + (rank - owner) % devices
+        line = np.where(held, place, devices**2).argsort(1)  # an expert's holders come first
+        step, source, target = _tree(devices)
+        index, used = np.nonzero(target < held.sum(1)[:, None])
+        step = step[used] - step[used].min(initial=devices)
+        return step, copied[index], line[index, source[used]], line[index, target[used]]
 
 
-def _tree(length: int) -> Iterator[tuple[int, int, int]]:
-    """Steps `(stride, from, to)` of a binomial tree over positions, the longest first."""
-    stride = 1 << max(length - 1, 0).bit_length()
-    while stride := stride // 2:
-        for source in range(0, length - stride, 2 * stride):
-            yield stride, source, source + stride
+@cache
+def _tree(length: int) -> np.ndarray:
+    """Rounds, senders and receivers of a binomial tree over positions, the longest steps first.
+
+    That of fewer positions is made of the steps that stay within them.
+    """
+    strides = [1 << bit for bit in reversed(range((length - 1).bit_length()))]
+    steps = [
+        (index, source, source + stride)
+        for index, stride in enumerate(strides)
+        for source in range(0, length - stride, 2 * stride)
+    ]
+    return np.array(steps, dtype=np.int64).reshape(-1, 3).T

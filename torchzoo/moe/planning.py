@@ -5,8 +5,6 @@ Every plan is a deterministic function of its inputs, so ranks that know the sam
 
 from __future__ import annotations
 
-import heapq
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -65,72 +63,94 @@ def sparse_materialize(
     check_nodes(num_devices, node_size)
     check_count("overlap_degree", overlap_degree, 0)
     check_count("memory_capacity", memory_capacity, 0)
-    held = owned = one_owner(owner, num_devices)
+    owned = one_owner(owner, num_devices)
     if load.shape != owner.shape:
         raise ValueError(f"load: expected {tuple(owner.shape)}, as owner, got {tuple(load.shape)}")
-    if present is not None:
-        if present.shape != held.shape:
-            raise ValueError(f"present: expected {tuple(held.shape)}, got {tuple(present.shape)}")
-        held = held | present.cpu()
-    free = memory_capacity - (held.sum(0) - owned.sum(0))
-    top = load.cpu().argsort(descending=True, stable=True)[: min(overlap_degree, len(load))]
-    everywhere = held.clone()
-    everywhere[top] = True
-    if bool(((everywhere.sum(0) - held.sum(0)) <= free).all()) and len(top) <= memory_capacity:
-        return everywhere
-    if not len(top):
-        return held
-    shares = _shares(load.cpu()[top].double(), int(free.clamp_min(0).sum()), num_devices - 1)
-    grid, left = held.numpy().copy(), free.clamp_min(0).tolist()
-    for expert, copies in zip(top.tolist(), shares, strict=True):
-        row = grid[expert].tolist()
-        _spread(row, left, copies, node_size)
-        grid[expert] = row
-    return torch.from_numpy(grid)
+    if present is not None and present.shape != owned.shape:
+        raise ValueError(f"present: expected {tuple(owned.shape)}, got {tuple(present.shape)}")
+    held = owned if present is None else owned | present.cpu()
+    limits = {"overlap_degree": overlap_degree, "memory_capacity": memory_capacity}
+    return materialize_layers(owned[None], held[None], load[None], node_size=node_size, **limits)[0]
 
 
-def _shares(load: Tensor, slots: int, most: int) -> list[int]:
+def materialize_layers(
+    owned: Tensor,
+    held: Tensor,
+    loads: Tensor,
+    *,
+    overlap_degree: int,
+    memory_capacity: int,
+    node_size: int,
+) -> Tensor:
+    """`(L, E, D)` bool, `sparse_materialize` of several layers on the same devices, at once.
+
+    Args:
+        owned: `(L, E, D)` bool, which device owns which expert of a layer.
+        held: `(L, E, D)` bool, owners and the copies that are already there.
+        loads: `(L, E)`, tokens expected at each expert.
+        overlap_degree: As in `sparse_materialize`.
+        memory_capacity: As in `sparse_materialize`.
+        node_size: Devices a node.
+    """
+    layers, start, loads = np.arange(len(owned)), held.numpy(), loads.cpu()
+    top = loads.argsort(dim=-1, descending=True, stable=True)[:, :overlap_degree]
+    free = memory_capacity - (start.sum(1) - owned.numpy().sum(1))
+    everywhere, spread = start.copy(), start.copy()
+    everywhere[layers[:, None], top.numpy()] = True
+    fits = (everywhere.sum(1) - start.sum(1) <= free).all(1) & (top.shape[1] <= memory_capacity)
+    left = free.clip(0)
+    high = loads.gather(1, top).double().numpy()
+    shares = _shares(high, left.sum(1), owned.shape[2] - 1)
+    for experts, copies in zip(top.T.numpy(), shares.T, strict=True):
+        spread[layers, experts] |= _spread(spread[layers, experts], left, copies, node_size)
+    return torch.from_numpy(np.where(fits[:, None, None], everywhere, spread))
+
+
+def _shares(load: np.ndarray, slots: np.ndarray, most: int) -> np.ndarray:
     """Whole numbers from 1 to `most` that sum to `slots` and are nearest to the loads' shares.
 
     Nearest in the sum of squares, which giving one slot at a time to the largest shortfall
-    minimises. `load` is in decreasing order; with fewer slots than experts the last get none.
+    minimises. `load` `(L, t)` is in decreasing order; with fewer slots `(L,)` than experts the
+    last get none.
     """
-    total = float(load.sum())
-    quota = (slots * load / total).tolist() if total > 0 else [slots / len(load)] * len(load)
-    shares = [int(index < slots and most > 0) for index in range(len(quota))]
-    short = [(1 - q, index) for index, q in enumerate(quota) if most > 1]
-    heapq.heapify(short)
-    for _ in range(slots - sum(shares)):
-        if not short:
-            break
-        gap, index = heapq.heappop(short)
-        shares[index] += 1
-        if shares[index] < most:
-            heapq.heappush(short, (gap + 1, index))
-    return shares
+    expert, slots, total = np.arange(load.shape[1]), slots[:, None], load.sum(1, keepdims=True)
+    quota = np.tile(slots / max(len(expert), 1), len(expert))
+    np.divide(slots * load, total, where=total > 0, out=quota)
+    shares = ((expert < slots) & (most > 0)).astype(np.int64)
+    # The shortfalls of an expert at each slot that it may get besides its first.
+    ones = np.ones((len(load), max(most - 2, 0), len(expert)))
+    gaps = np.concatenate([1 - quota[:, None], ones], 1)[:, : max(most - 1, 0)].cumsum(1)
+    ties = np.broadcast_to(expert, gaps.shape)
+    order = np.lexsort([keys.reshape(len(load), -1) for keys in (ties, gaps)])
+    got = np.zeros(order.shape, dtype=np.int64)
+    given = np.arange(order.shape[1]) < slots - shares.sum(1, keepdims=True)
+    np.put_along_axis(got, order, given, 1)
+    return shares + got.reshape(gaps.shape).sum(1)
 
 
-def _spread(row: list[bool], free: list[int], copies: int, node_size: int) -> None:
-    """Put copies of an expert on devices that lack it, of which some have free slots.
+def _spread(rows: np.ndarray, free: np.ndarray, copies: np.ndarray, node_size: int) -> np.ndarray:
+    """New copies `(L, D)` of an expert of each layer, `copies` `(L,)` of them if there is room.
 
     A copy goes to the node with the fewest of this expert, then with the most free slots, then to
-    the device with the most.
+    the device with the most. It takes a slot from `free`.
     """
-    room = [0 if held else slots for held, slots in zip(row, free, strict=True)]
-    nodes = []  # of each with room: copies, minus the free slots, the first device
-    for first in range(0, len(free), node_size):
-        node = slice(first, first + node_size)
-        if any(room[node]):
-            nodes.append((sum(row[node]), -sum(free[node]), first))
-    heapq.heapify(nodes)
-    for _ in range(min(copies, sum(map(bool, room)))):
-        crowd, slots, first = heapq.heappop(nodes)
-        of_node = room[first : first + node_size]
-        device = first + of_node.index(max(of_node))
-        row[device], room[device] = True, 0
-        free[device] -= 1
-        if any(room[first : first + node_size]):
-            heapq.heappush(nodes, (crowd + 1, slots + 1, first))
+
+    def by_node(values: np.ndarray) -> np.ndarray:
+        return values.reshape(len(values), -1, node_size)
+
+    room = by_node(np.where(rows, 0, free))
+    # The devices of a node in the order of their free slots; each that gets a copy adds one to
+    # the node's copies and takes one of its slots.
+    turn = np.argsort(np.argsort(-room, axis=2, kind="stable"), axis=2)
+    crowd = by_node(rows).sum(2, keepdims=True) + turn
+    slots = by_node(free).sum(2, keepdims=True) - turn
+    node = np.broadcast_to(np.arange(room.shape[1])[:, None], room.shape)
+    order = np.lexsort([keys.reshape(rows.shape) for keys in (node, -slots, crowd, room == 0)])
+    new = np.zeros_like(rows)
+    np.put_along_axis(new, order, np.arange(rows.shape[1]) < copies[:, None], 1)
+    new &= room.reshape(rows.shape) > 0
+    free -= new
+    return new
 
 
 def heterogeneous_shard(

@@ -66,12 +66,15 @@ def top_k_mask(scores: Tensor, k: int, dim: int = -1) -> Tensor:
     if num_experts > FEW:
         chosen = top_k_experts(scores.movedim(dim, -1), k).movedim(-1, dim)
         return torch.zeros_like(scores, dtype=torch.bool).scatter(dim, chosen, True)
-    each = scores.unbind(dim)
-    kept = []
-    for i, own in enumerate(each):
-        ahead = [other >= own if j < i else other > own for j, other in enumerate(each) if j != i]
-        kept.append(torch.stack(ahead).sum(0) < k)
-    return torch.stack(kept, dim)
+    ahead = torch.zeros_like(scores, dtype=torch.uint8)  # how many experts are
+    counts, each = ahead.unbind(dim), scores.unbind(dim)
+    for j in range(num_experts):
+        counts[j].add_(j)  # of two equal ones the lower
+        for i in range(j):
+            higher = (each[j] > each[i]).to(torch.uint8)
+            counts[i].add_(higher)
+            counts[j].sub_(higher)
+    return ahead < k
 
 
 def all_experts(weights: Tensor, logits: Tensor, probs: Tensor, mask: Tensor) -> Routing:

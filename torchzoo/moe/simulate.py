@@ -12,16 +12,15 @@ Latencies are simulated; none is a measured speed.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import torch
 from einops import rearrange
 from torch import Tensor
 
 from torchzoo.moe.placement import ExpertPlacement
-from torchzoo.moe.planning import sparse_materialize
-from torchzoo.moe.token_plan import token_flow
+from torchzoo.moe.planning import materialize_layers
+from torchzoo.moe.token_plan import token_flows
 
 CONSTANTS: Mapping[str, float] = {
     "flops": 150e12,  # multiply and add counted as two, reached on an A100 in bfloat16
@@ -115,45 +114,89 @@ def simulate_step(
         "token_bytes": token_bytes,
         "expert_bytes": expert_bytes,
         "flops_per_token": flops_per_token,
+        "non_moe_seconds": non_moe_seconds,
     }
-    for name, value in constants.items():
-        if not value > 0:
-            raise ValueError(f"{name}: expected a number above 0, got {value!r}")
-    used = late or plan
-    links = {"bw_intra": bw_intra, "bw_inter": bw_inter}
-    tokens = token_flow(loads, used.materialized, used.node_size)
-    received = tokens.sum(0)
-    most, mean = float(received.max()), float(received.sum()) / len(received)
+    (step,) = simulate_layers(loads[None], [plan], [late], constants)
+    return step
+
+
+def simulate_layers(
+    loads: Tensor,
+    plans: Sequence[ExpertPlacement],
+    late: Sequence[ExpertPlacement | None],
+    constants: Mapping[str, float],
+) -> list[dict[str, float]]:
+    """`simulate_step` of several layers on the same devices, at once.
+
+    Args:
+        loads: `(L, D, E)`, int64, tokens that each device has for each expert of each layer.
+        plans: Placement of each layer.
+        late: For each layer a placement with further copies, or None.
+        constants: Constants of `simulate_step` that differ from the defaults.
+
+    Raises:
+        ValueError: See `simulate_step`, or a constant that it doesn't have.
+    """
+    given = _checked(constants)
+    non_moe, token_bytes, expert_bytes = (
+        given[name] for name in ("non_moe_seconds", "token_bytes", "expert_bytes")
+    )
+    links = {"bw_intra": given["bw_intra"], "bw_inter": given["bw_inter"]}
+    used = [more or plan for more, plan in zip(late, plans, strict=True)]
+    held = torch.stack([placement.materialized for placement in used])
+    tokens = token_flows(loads, held, used[0].node_size)
+    times = _link_times(tokens * token_bytes, used[0].node_size, **links).tolist()
+    received = tokens.sum(1)
+    away = tokens.sum((1, 2)) - tokens.diagonal(dim1=1, dim2=2).sum(-1)
+    counted = (received.amax(1), received.sum(1), away, held.sum((1, 2)))
+    gathers = _rounds_seconds(plans, expert_bytes, links)
+    reduces = _rounds_seconds(used, expert_bytes, links) if any(late) else gathers
 
     def compute(count: float) -> float:
-        return 3 * count * flops_per_token / flops
+        return 3 * count * given["flops_per_token"] / given["flops"]
 
-    a2a = 4 * link_seconds(tokens * token_bytes, plan.node_size, **links)
-    gather = _rounds_seconds(plan, expert_bytes, links)
-    reduce = gather if late is None else _rounds_seconds(used, expert_bytes, links)
-    unhidden = 0.0 if late is None else max(reduce - gather, 0.0)
-    exposed = max(0.0, gather - non_moe_seconds) + unhidden
-    exposed += max(0.0, 2 * reduce - 2 * non_moe_seconds)
-    moved = int(used.materialized.sum()) - used.num_experts
-    away = float(tokens.sum() - tokens.diagonal().sum())
-    return {
-        "latency": 3 * non_moe_seconds + a2a + compute(most) + exposed,
-        "a2a_time": a2a,
-        "compute_time": compute(most),
-        "exposed_time": exposed,
-        "gather_time": gather,
-        "straggler_ratio": most / mean if mean else 1.0,
-        "bytes": 4 * away * token_bytes + 3 * moved * expert_bytes,
-        "balanced": 3 * non_moe_seconds + compute(mean),
-    }
+    steps = []
+    for layer, row in enumerate(zip(*(values.tolist() for values in counted), strict=True)):
+        most, total, moving, copies = row
+        gather, reduce, mean = gathers[layer], reduces[layer], total / received.shape[1]
+        unhidden = 0.0 if late[layer] is None else max(reduce - gather, 0.0)
+        exposed = max(0.0, gather - non_moe) + unhidden
+        exposed += max(0.0, 2 * reduce - 2 * non_moe)
+        a2a, moved = 4 * times[layer], copies - held.shape[1]
+        steps.append(
+            {
+                "latency": 3 * non_moe + a2a + compute(most) + exposed,
+                "a2a_time": a2a,
+                "compute_time": compute(most),
+                "exposed_time": exposed,
+                "gather_time": gather,
+                "straggler_ratio": most / mean if mean else 1.0,
+                "bytes": 4 * moving * token_bytes + 3 * moved * expert_bytes,
+                "balanced": 3 * non_moe + compute(mean),
+            }
+        )
+    return steps
+
+
+def _checked(constants: Mapping[str, float]) -> dict[str, float]:
+    """The constants with the defaults of those that aren't given."""
+    for name, value in constants.items():
+        if name not in CONSTANTS:
+            raise ValueError(f"constants: expected some of {', '.join(CONSTANTS)}, got {name!r}")
+        if not value > 0 and name != "non_moe_seconds":
+            raise ValueError(f"{name}: expected a number above 0, got {value!r}")
+    return {**CONSTANTS, **constants}
 
 
 def _rounds_seconds(
-    placement: ExpertPlacement, expert_bytes: float, links: Mapping[str, float]
-) -> float:
-    """How long the rounds of a sparse all-gather take, one after the other."""
-    flows = placement.flows * expert_bytes
-    return sum(_link_times(flows, placement.node_size, **links).tolist())
+    placements: Sequence[ExpertPlacement], expert_bytes: float, links: Mapping[str, float]
+) -> list[float]:
+    """How long the rounds of each sparse all-gather take, one after the other."""
+    flows = [placement.flows for placement in placements]
+    if not any(map(len, flows)):
+        return [0.0] * len(flows)
+    times = _link_times(torch.cat(flows) * expert_bytes, placements[0].node_size, **links)
+    return [sum(part.tolist()) for part in times.split([len(flow) for flow in flows])]
 
 
 def overlap_degree(
@@ -209,16 +252,41 @@ def calibrate(
         >>> calibrate(loads, plan, overlap_degree=1, memory_capacity=1).replicas(0)
         [0, 1]
     """
-    held = sparse_materialize(
-        plan.owner,
-        loads.sum(0),
+    capacity = {"overlap_degree": overlap_degree, "memory_capacity": memory_capacity}
+    ((placement, _),) = calibrate_layers(loads[None], [plan], constants or {}, **capacity)
+    return placement
+
+
+def calibrate_layers(
+    loads: Tensor,
+    plans: Sequence[ExpertPlacement],
+    constants: Mapping[str, float],
+    *,
+    overlap_degree: int,
+    memory_capacity: int,
+) -> list[tuple[ExpertPlacement, dict[str, float]]]:
+    """`calibrate` of several layers on the same devices, each with what its step then costs.
+
+    Args:
+        loads: `(L, D, E)`, int64, tokens that each device has for each expert of each layer.
+        plans: Placement of each layer, made from past loads.
+        constants: As in `calibrate`.
+        overlap_degree: As in `sparse_materialize`.
+        memory_capacity: As in `sparse_materialize`.
+    """
+    held = materialize_layers(
+        torch.stack([plan.at_owner for plan in plans]),
+        torch.stack([plan.materialized.cpu() for plan in plans]),
+        loads.sum(1),
         overlap_degree=overlap_degree,
         memory_capacity=memory_capacity,
-        node_size=plan.node_size,
-        num_devices=plan.num_devices,
-        present=plan.materialized,
+        node_size=plans[0].node_size,
     )
-    more = ExpertPlacement(plan.owner, held, node_size=plan.node_size)
-    options: dict[str, Any] = dict(constants or {})
-    now = simulate_step(loads, plan, **options)["latency"]
-    return more if simulate_step(loads, plan, late=more, **options)["latency"] < now else plan
+    more = [
+        ExpertPlacement(plan.owner, row, node_size=plan.node_size)
+        for plan, row in zip(plans, held, strict=True)
+    ]
+    now = simulate_layers(loads, plans, [None] * len(plans), constants)
+    then = simulate_layers(loads, plans, more, constants)
+    pairs = zip(zip(plans, now, strict=True), zip(more, then, strict=True), strict=True)
+    return [late if late[1]["latency"] < early[1]["latency"] else early for early, late in pairs]

@@ -44,7 +44,7 @@ def plan_dispatch(counts: Tensor, materialized: Tensor, node_size: int) -> Tenso
         >>> plan_dispatch(counts, held, 2)[:, 0].tolist()
         [[3, 0], [4, 0]]
     """
-    _check(counts, materialized, node_size)
+    _check(counts[None], materialized[None], node_size)
     experts = torch.arange(len(materialized), device=counts.device)
     return torch.cat(list(_by_node(counts, materialized, node_size, experts)))
 
@@ -65,36 +65,58 @@ def token_flow(counts: Tensor, materialized: Tensor, node_size: int) -> Tensor:
         >>> token_flow(counts, held, 2).tolist()
         [[4.0, 0.0], [4.0, 0.0]]
     """
+    return token_flows(counts[None], materialized[None], node_size)[0]
+
+
+def token_flows(counts: Tensor, materialized: Tensor, node_size: int) -> Tensor:
+    """`(L, D, D)` float64, `token_flow` of several layers at once.
+
+    Args:
+        counts: `(L, D, E)`, int64, tokens that each device has for each expert.
+        materialized: `(L, E, D)`, bool, which devices hold which experts.
+        node_size: Devices a node.
+
+    Raises:
+        ValueError: See `plan_dispatch`.
+    """
     _check(counts, materialized, node_size)
-    alone = materialized.sum(1) == 1
-    flow = counts[:, alone].double() @ materialized[alone].double()
-    shared = (~alone).nonzero().flatten()
-    if len(shared):
-        parts = _by_node(counts, materialized, node_size, shared)
-        flow += torch.cat([part.sum(1) for part in parts])
+    shared = materialized.sum(-1) > 1
+    flow = counts.double() @ (materialized & ~shared[..., None]).double()
+    layers, experts = shared.nonzero(as_tuple=True)
+    if len(experts):
+        parts = _by_node(counts.mT[shared].T, materialized[shared], node_size, experts)
+        split = torch.cat(
+            [
+                flow.new_zeros(len(part), *flow.shape[::2]).index_add(1, layers, part.double())
+                for part in parts
+            ]
+        )
+        flow += split.transpose(0, 1)
     return flow
 
 
 def _check(counts: Tensor, materialized: Tensor, node_size: int) -> None:
-    num_experts, num_devices = materialized.shape if materialized.ndim == 2 else (0, 0)
-    if not num_experts or counts.shape != (num_devices, num_experts):
+    num_experts, num_devices = materialized.shape[1:] if materialized.ndim == 3 else (0, 0)
+    if not num_experts or counts.shape != (len(materialized), num_devices, num_experts):
         raise ValueError(
             "counts, materialized: expected (D, E) and (E, D), "
-            f"got {tuple(counts.shape)} and {tuple(materialized.shape)}"
+            f"got {tuple(counts.shape[1:])} and {tuple(materialized.shape[1:])}"
         )
     check_nodes(num_devices, node_size)
     if bool((counts < 0).any()):
         raise ValueError(f"counts: expected at least 0, got {int(counts.min())}")
-    if not bool(materialized.any(1).all()):
-        lost = int((~materialized.any(1)).nonzero()[0])
+    if not bool(materialized.any(-1).all()):
+        lost = int((~materialized.any(-1)).nonzero()[0, 1])
         raise ValueError(f"materialized: expected a holder of expert {lost}, got none")
 
 
 def _by_node(
     counts: Tensor, materialized: Tensor, node_size: int, experts: Tensor
 ) -> Iterator[Tensor]:
-    """`(sources, experts, D)`, the plan for some nodes at a time, to bound memory."""
-    counts, materialized = counts[:, experts], materialized[experts]
+    """`(sources, experts, D)`, the plan for some nodes at a time, to bound memory.
+
+    The columns of `counts` and the rows of `materialized` are those of `experts`.
+    """
     devices = torch.arange(len(counts), device=counts.device)
     nodes = max(1, CELLS // (node_size * materialized.numel()))
     for sources in devices.split(nodes * node_size):

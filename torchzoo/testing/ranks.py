@@ -7,8 +7,6 @@ that no port has to be free. The first error ends all ranks, and each rank's tra
 from __future__ import annotations
 
 import faulthandler
-import importlib
-import importlib.util
 import multiprocessing
 import os
 import pickle
@@ -26,8 +24,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from torchzoo.workers import Place, find, place
+
 PRELOAD = (
     __name__,
+    "torch._dynamo",  # which an optimizer imports; longer than many a function takes
     "torch.distributed.checkpoint",
     "torch.distributed.fsdp",
     "torchzoo.moe.parallel",
@@ -71,7 +72,7 @@ def run_ranks(
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([*PRELOAD])
-    where = (function.__module__, sys.modules[function.__module__].__file__, function.__qualname__)
+    where, packed = place(function), pickle.dumps(args)
     with tempfile.TemporaryDirectory() as folder:
         pipes: dict[Connection, int] = {}
         processes = []
@@ -79,7 +80,7 @@ def run_ranks(
             ours, theirs = context.Pipe()
             setting = (str(Path(folder) / "rendezvous"), rank, world_size, timeout)
             process = context.Process(
-                target=_rank, args=(theirs, setting, where, pickle.dumps(args)), daemon=True
+                target=_rank, args=(theirs, setting, where, packed), daemon=True
             )
             process.start()
             theirs.close()
@@ -132,7 +133,7 @@ def _collect(pipes: dict[Connection, int], timeout: float) -> tuple[dict[int, An
 
 
 def _rank(
-    pipe: Connection, setting: tuple[str, int, int, float], where: tuple[str, str, str], args: bytes
+    pipe: Connection, setting: tuple[str, int, int, float], where: Place, args: bytes
 ) -> None:
     """What a rank's process does: join the group, call the function, report."""
     path, rank, world_size, timeout = setting
@@ -150,26 +151,10 @@ def _rank(
         )
         pipe.send_bytes(pickle.dumps(None))
         faulthandler.dump_traceback_later(0.9 * timeout, file=stack)
-        report = True, _find(*where)(*pickle.loads(args))
+        report = True, find(where)(*pickle.loads(args))
     except BaseException:
         report = False, traceback.format_exc()
     pipe.send_bytes(pickle.dumps(report))
     if report[0]:
         with suppress(EOFError):
             pipe.recv_bytes()  # stay until all are done: others may still need this rank's sockets
-
-
-def _find(module: str, file: str, name: str) -> Any:
-    """A function by its module, or by its file where the module can't be imported by name."""
-    try:
-        found: Any = importlib.import_module(module)
-    except ImportError:
-        spec = importlib.util.spec_from_file_location(module, file)
-        assert spec is not None
-        assert spec.loader is not None
-        found = importlib.util.module_from_spec(spec)
-        sys.modules[module] = found
-        spec.loader.exec_module(found)
-    for part in name.split("."):
-        found = getattr(found, part)
-    return found

@@ -335,4 +335,5 @@ EXPERIMENT = Experiment(
     },
     trial=trial,
     plot=plot,
+    together=True,
 )

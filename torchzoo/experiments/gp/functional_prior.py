@@ -334,4 +334,5 @@ EXPERIMENT = Experiment(
     },
     trial=trial,
     plot=plot,
+    together=True,
 )

@@ -15,14 +15,12 @@ from torch import Tensor
 
 from torchzoo.moe import (
     ExpertPlacement,
-    calibrate,
     heterogeneous_shard,
     overlap_degree,
-    simulate_step,
-    sparse_materialize,
 )
 from torchzoo.moe.placement import contiguous_owner, one_owner
-from torchzoo.moe.simulate import CONSTANTS, link_seconds
+from torchzoo.moe.planning import materialize_layers
+from torchzoo.moe.simulate import CONSTANTS, calibrate_layers, link_seconds, simulate_layers
 
 NODES, NODE_SIZE, EXPERTS, LAYERS = 4, 8, 64, 4
 DEVICES = NODES * NODE_SIZE
@@ -66,25 +64,28 @@ class System:
     def __post_init__(self) -> None:
         self._own(contiguous_owner(EXPERTS, DEVICES).repeat(LAYERS, 1))
 
-    def plan(self, layer: int, capacity: int = CAPACITY) -> ExpertPlacement:
-        """Copies of the experts that were busiest in the last steps."""
+    def plans(self, capacity: int = CAPACITY) -> list[ExpertPlacement]:
+        """For each layer copies of the experts that were busiest in the last steps."""
         if not self.history:
-            return self.alone[layer]
-        owner = self.owners[layer]
-        held = sparse_materialize(
-            owner,
-            torch.stack(self.history)[:, layer].sum(0),
+            return self.alone
+        owned = torch.stack([alone.materialized for alone in self.alone])
+        held = materialize_layers(
+            owned,
+            owned,
+            torch.stack(self.history).sum(0),
             overlap_degree=OVERLAP,
             memory_capacity=capacity,
             node_size=NODE_SIZE,
-            num_devices=DEVICES,
         )
-        return ExpertPlacement(owner, held, node_size=NODE_SIZE)
+        return [
+            ExpertPlacement(owner, copies, node_size=NODE_SIZE)
+            for owner, copies in zip(self.owners, held, strict=True)
+        ]
 
     def step(self, index: int, counts: Tensor) -> dict[str, float]:
         """Latency, straggler ratio and balanced bound of a step, all layers together."""
         moving = self._move(index)
-        steps = [self._layer(layer, loads) for layer, loads in enumerate(counts)]
+        steps = self._layers(counts)
         self.history = [*self.history, counts.sum(1)][-WINDOW:]
         return {
             "latency": moving + sum(step["latency"] for step in steps),
@@ -92,29 +93,32 @@ class System:
             "straggler_ratio": sum(step["straggler_ratio"] for step in steps) / LAYERS,
         }
 
-    def _layer(self, layer: int, loads: Tensor) -> dict[str, float]:
-        late = None
-        if self.name == "replicated" and self.kept:
-            plan = self.kept[layer]
-        elif self.name == "FSSDP, calibrated":
-            plan = self.plan(layer, CAPACITY // 2)
-            more = calibrate(loads, plan, overlap_degree=OVERLAP, memory_capacity=CAPACITY)
-            late = None if more is plan else more
-        elif self.name in FSSDP:
-            plan = self.plan(layer)
+    def _layers(self, counts: Tensor) -> list[dict[str, float]]:
+        if self.name == "FSSDP, calibrated":
+            plans = self.plans(CAPACITY // 2)
+            capacity = {"overlap_degree": OVERLAP, "memory_capacity": CAPACITY}
+            found = calibrate_layers(counts, plans, {}, **capacity)
+            plans, steps = [list(part) for part in zip(*found, strict=True)]
         else:
-            plan = self.alone[layer]
-        used, own = (late or plan).materialized, self.alone[layer].materialized
-        self.copies = max(self.copies, int((used & ~own).sum(0).max()))
-        step = simulate_step(loads, plan, late=late)
+            plans = self.alone
+            if self.name in FSSDP:
+                plans = self.plans()
+            elif self.kept:
+                plans = self.kept
+            steps = simulate_layers(counts, plans, [None] * LAYERS, {})
+        for plan, alone in zip(plans, self.alone, strict=True):
+            self.copies = max(
+                self.copies, int((plan.materialized & ~alone.materialized).sum(0).max())
+            )
         if self.name == "replicated":  # copies stay, so that no gather precedes forward
-            step["latency"] -= max(0.0, step["gather_time"] - CONSTANTS["non_moe_seconds"])
-        return step
+            for step in steps:
+                step["latency"] -= max(0.0, step["gather_time"] - CONSTANTS["non_moe_seconds"])
+        return steps
 
     def _move(self, index: int) -> float:
         """Change what changes rarely; the seconds that moving experts with their states takes."""
         if self.name == "replicated" and index and index % REARRANGE_EVERY == 0:
-            new = [self.plan(layer) for layer in range(LAYERS)]
+            new = self.plans()
             pairs = list(zip(self.kept or [None] * LAYERS, new, strict=True))
             self.kept = new
             return sum(map(self._copy_seconds, *zip(*pairs, strict=True)))

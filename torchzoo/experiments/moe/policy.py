@@ -265,4 +265,5 @@ EXPERIMENT = Experiment(
     },
     trial=trial,
     plot=plot,
+    together=True,
 )
