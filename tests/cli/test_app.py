@@ -70,6 +70,7 @@ def test_an_unknown_command_suggests_the_nearest(run):
         (["reproduce", "48", "--budget", "huge"], "huge"),
         (["reproduce", "48", "--seed", "-1"], "--seed"),
         (["reproduce", "48", "--seed", "x"], "--seed"),
+        (["reproduce", "48", "--jobs", "0"], "--jobs"),
         (["reproduce", "48", "--device", "tpu"], "tpu"),
     ],
 )

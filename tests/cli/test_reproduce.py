@@ -105,29 +105,60 @@ def test_an_interrupted_run_keeps_its_seeds_and_goes_on(run, fake, tmp_path):
     assert names(out) == ["coin.json", "coin.png"]
 
 
-def test_ctrl_c_exits_130_and_leaves_no_half_file(fake, tmp_path):
+def test_seeds_side_by_side_give_the_same_figures(run, fake, tmp_path):
+    figures = {}
+    for jobs in (1, 2):
+        out = tmp_path / f"results-{jobs}"
+        code, text, err = run("reproduce", "coin", "--out", out, "--jobs", jobs, "--json")
+        assert code == 0
+        assert err == "".join(f"coin: {n} of 3 seeds\n" for n in (1, 2, 3))
+        figures[jobs] = json.loads(text)["measurements"]
+        assert names(out) == ["coin.json", "coin.png"]
+    assert figures[1] == figures[2]
+
+
+def test_an_error_in_one_of_two_seeds_keeps_what_is_finished(run, fake, tmp_path):
+    out = tmp_path / "results"
+    (fake / "stop").touch()  # at seed 5
+    args = ("reproduce", "coin", "--seed", 3, "--out", out, "--jobs", 2, "--json")
+    code, text, err = run(*args)
+    assert (code, text) == (130, "")
+    assert "Traceback" not in err
+    assert names(out) == ["coin.partial.json"]
+    finished = json.loads((out / "coin.partial.json").read_text())["trials"]
+    assert "5" not in finished
+    (fake / "stop").unlink()
+    code, text, err = run(*args)
+    assert code == 0
+    assert f"coin: goes on after {len(finished)} of 3 seeds that are finished\n" in err
+    assert json.loads(text)["measurements"][0]["values"] == pytest.approx([0.63, 0.64, 0.65])
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_ctrl_c_exits_130_and_leaves_no_half_file(fake, tmp_path, jobs):
     source = fake / "coin.py"
     source.write_text(source.read_text().replace('"sleep": 0', '"sleep": 5.0'))
     script = (
         "import sys; from torchzoo import catalogue; from torchzoo.cli.app import main;"
         "row = catalogue.Paper(901, 'Heads', 'moe', 's', 'c', (), 'fakezoo.coins.coin');"
         "catalogue.papers = lambda: (row,);"
-        "sys.exit(main(['reproduce', '901', '--out', sys.argv[1], '--json']))"
+        "sys.exit(main(['reproduce', '901', '--out', *sys.argv[1:], '--json']))"
     )
     out = tmp_path / "results"
     process = subprocess.Popen(
-        [sys.executable, "-c", script, out],
+        [sys.executable, "-c", script, out, "--jobs", str(jobs)],
         env={**os.environ, "PYTHONPATH": str(fake.parents[1])},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         # A shell starts what runs in the background with SIGINT ignored, and that is inherited.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        process_group=0,
     )
     deadline = time.monotonic() + 120
     while not (out / "coin.partial.json").exists() and time.monotonic() < deadline:
         time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
     text, err = process.communicate(timeout=60)
     assert (process.returncode, text) == (130, "")
     assert err.splitlines()[-1] == "interrupted"

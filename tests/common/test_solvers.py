@@ -8,7 +8,12 @@ from sklearn.linear_model import Ridge
 from torch import nn
 
 from torchzoo.common import solvers
-from torchzoo.common.solvers import conjugate_gradient, minimize_lbfgs, ridge
+from torchzoo.common.solvers import (
+    conjugate_gradient,
+    minimize_lbfgs,
+    minimize_with_slopes,
+    ridge,
+)
 
 
 def rosenbrock(x):
@@ -78,6 +83,23 @@ def test_minimize_lbfgs_gives_up_at_a_jump():
         evaluations[min_gain] = len(count), found.value.item()
     assert evaluations[1e-13][0] < 0.7 * evaluations[0.0][0]
     assert evaluations[1e-13][1] == pytest.approx(evaluations[0.0][1], abs=1e-9)
+
+
+def test_slopes_that_are_given_lead_where_those_of_autograd_lead():
+    def known():
+        with torch.enable_grad():
+            leaf = y.detach().requires_grad_()
+            loss = rosenbrock(leaf)
+        return loss.detach(), torch.autograd.grad(loss, leaf)
+
+    x, y = (torch.tensor([1.3, 0.7, -0.8], requires_grad=True) for _ in range(2))
+    found = minimize_lbfgs(lambda: rosenbrock(x), [x], max_iter=30)
+    same = minimize_with_slopes(known, [y], max_iter=30)
+    assert torch.equal(x, y)
+    assert found == same
+    assert y.grad is None
+    with pytest.raises(ValueError, match="params: expected at least one tensor"):
+        minimize_with_slopes(known, [])
 
 
 def test_minimize_lbfgs_refuses_bad_input():

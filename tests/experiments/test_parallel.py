@@ -11,8 +11,9 @@ from torchzoo.experiments.moe.parallel_ranks import gathered_bytes
 from torchzoo.moe import ExpertPlacement, parallel
 
 
-def test_smoke_run():
-    result = reproduce(unit.EXPERIMENT, budget="smoke")
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_smoke_run(jobs):
+    result = reproduce(unit.EXPERIMENT, budget="smoke", jobs=jobs)
     assert len(result.criteria) == 9
     measured = result.measured()
     assert len(measured) == len(good())
@@ -77,10 +78,10 @@ def test_loads_are_zipf_and_drift():
 def test_plans_know_the_past_only():
     loads = list(cluster.drifting_loads(2, 0, skewed=True))
     system = cluster.System("FSSDP")
-    assert system.plan(0).sparsity == 0
+    assert system.plans()[0].sparsity == 0
     system.step(0, loads[0])
     expected = loads[0][0].sum(0).topk(cluster.OVERLAP).indices
-    plan = system.plan(0)
+    plan = system.plans()[0]
     copied = (plan.materialized.sum(1) > 1).nonzero().flatten()
     assert set(copied.tolist()) == set(expected.tolist())
 

@@ -6,7 +6,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from torchzoo.moe import GaussianMoE
-from torchzoo.moe.likelihood import gate_cross_entropy, minimize_known, negative_log_likelihood
+from torchzoo.moe.likelihood import (
+    gate_cross_entropy,
+    mean_log_likelihood,
+    minimize_known,
+    negative_log_likelihood,
+)
 from torchzoo.moe.routing import FEW, top_k_experts, top_k_mask
 
 GATES = [
@@ -39,6 +44,9 @@ def test_slopes_of_the_likelihood(gate):
     value, slopes = negative_log_likelihood(model, x, y)
     wanted = -model.log_prob(x, y).mean()
     assert value.item() == pytest.approx(wanted.item(), rel=1e-13)
+    mean = mean_log_likelihood(model, x, y)
+    assert mean.item() == pytest.approx(-wanted.item(), rel=1e-13)
+    assert not mean.requires_grad
     params = list(model.parameters())
     for p, slope in zip(params, torch.autograd.grad(wanted, params), strict=True):
         torch.testing.assert_close(slopes[p], slope, rtol=0, atol=1e-13)
