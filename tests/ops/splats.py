@@ -46,8 +46,8 @@ def use_references(monkeypatch):
     )
     harmonics = sys.modules["torchzoo.ops.spherical_harmonics"]
     for module, name, function in (
-        ("project_gaussians", "splat_project", projected),
-        ("rasterize", "splat_project", projected),
+        ("project_gaussians", "project", projected),
+        ("rasterize", "project", projected),
         ("rasterize", "splat_intersect", _splat_raster.splat_intersect._init_fn),
         ("rasterize", "splat_raster", _splat_raster.splat_raster._init_fn),
         ("_splat_project", "splat_project_backward", OPERATORS["splat_project_backward"]._init_fn),

@@ -22,7 +22,7 @@ from torchzoo.ops._splat_kernels import (
     SMALLEST_VARIANCE,
     support,
 )
-from torchzoo.ops.calling import no_autocast
+from torchzoo.ops.calling import below_autograd, no_autocast
 
 CameraModel = Literal["pinhole", "orthographic", "fisheye"]
 CAMERAS = {"pinhole": 0, "orthographic": 1, "fisheye": 2}
@@ -334,4 +334,37 @@ def _backward(
     return g_means, g_quats, g_scales, None, None, g_views, *(None,) * 12
 
 
-splat_project.register_autograd(_backward, setup_context=_setup)
+class Projection(torch.autograd.Function):
+    """`splat_project` with gradients.
+
+    Where they are registered with an operator, torch looks up the defaults of its arguments at
+    every call, in Python, in a time that grows with the square of their number.
+    """
+
+    @staticmethod
+    def forward(*inputs: Any) -> tuple[Tensor, ...]:
+        with below_autograd():
+            found: tuple[Tensor, ...] = splat_project(*inputs)
+        return found
+
+    setup_context = staticmethod(_setup)
+    backward = staticmethod(_backward)
+
+
+def project(
+    means: Tensor,
+    quats: Tensor,
+    scales: Tensor,
+    opacities: Tensor,
+    beta: Tensor | None,
+    viewmats: Tensor,
+    *rest: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`splat_project`, with gradients where there are some to record."""
+    inputs = (means, quats, scales, opacities, beta, viewmats, *rest)
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (means, quats, scales, viewmats)):
+        run = Projection.apply
+    else:
+        run = Projection.forward
+    found: tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor] = run(*inputs)
+    return found

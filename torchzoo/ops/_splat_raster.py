@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from torchzoo.ops._splat_kernels import ANALYTIC, GROWN, conic_of, support, weights
-from torchzoo.ops.calling import no_autocast
+from torchzoo.ops.calling import below_autograd, no_autocast
 
 PIECE = 2**18
 """How many pairs of a splat and a pixel are held at a time."""
@@ -329,37 +329,12 @@ class Compositing(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        means2d: Tensor,
-        shape2d: Tensor,
-        opacities: Tensor,
-        features: Tensor,
-        beta: Tensor | None,
-        backgrounds: Tensor | None,
-        tracked: Tensor | None,
-        pixel_mask: Tensor | None,
-        tile_offsets: Tensor,
-        ids: Tensor,
-        spacing: int,
-        deterministic: bool,
-        size: tuple[int, int, int],
-        options: tuple[int, float, float, float],
-        stop: tuple[float, bool],
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        found: tuple[Tensor, Tensor, Tensor, Tensor] = splat_raster(
-            means2d,
-            shape2d,
-            opacities,
-            features,
-            beta,
-            backgrounds,
-            pixel_mask,
-            tile_offsets,
-            ids,
-            *size,
-            *options,
-            *stop,
-        )
+    def forward(*inputs: Any) -> tuple[Tensor, ...]:  # torch looks up each name of a signature
+        *splats, _, pixel_mask, tile_offsets, ids, _, _, size, options, stop = inputs
+        with below_autograd():
+            found: tuple[Tensor, ...] = splat_raster(
+                *splats, pixel_mask, tile_offsets, ids, *size, *options, *stop
+            )
         return found
 
     @staticmethod

@@ -8,8 +8,7 @@ from torch import Tensor
 
 from torchzoo.ops._splat_checks import check_splats, common_dtype, per_camera
 from torchzoo.ops._splat_kernels import KERNELS, Kernel
-from torchzoo.ops._splat_project import CAMERAS, CameraModel, splat_project
-from torchzoo.ops.calling import below_autograd
+from torchzoo.ops._splat_project import CAMERAS, CameraModel, project
 
 ALPHA_MIN = 1 / 255
 
@@ -151,22 +150,21 @@ def project_gaussians(
     dtype = common_dtype(means, quats, scales, viewmats, Ks, opacities, beta)
     if opacities is None:
         opacities = means.new_ones(means.shape[0])
-    with below_autograd(means, quats, scales, viewmats):
-        found = splat_project(
-            *(x.to(dtype).contiguous() for x in (means, quats, scales)),
-            per_camera(opacities.detach().to(dtype), viewmats.shape[0], 1).contiguous(),
-            None if beta is None else beta.detach().to(dtype).contiguous(),
-            *(x.to(dtype).contiguous() for x in (viewmats, Ks)),
-            width,
-            height,
-            KERNELS[kernel],
-            CAMERAS[camera_model],
-            eps2d,
-            near,
-            far,
-            radius_clip,
-            ALPHA_MIN,
-            antialiased,
-            False,
-        )
+    found = project(
+        *(x.to(dtype).contiguous() for x in (means, quats, scales)),
+        per_camera(opacities.detach().to(dtype), viewmats.shape[0], 1).contiguous(),
+        None if beta is None else beta.detach().to(dtype).contiguous(),
+        *(x.to(dtype).contiguous() for x in (viewmats, Ks)),
+        width,
+        height,
+        KERNELS[kernel],
+        CAMERAS[camera_model],
+        eps2d,
+        near,
+        far,
+        radius_clip,
+        ALPHA_MIN,
+        antialiased,
+        False,
+    )
     return Projected(*found)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from torchzoo.ops._splat_checks import check_splats, check_types, common_dtype, expect, per_camera
 from torchzoo.ops._splat_kernels import ANALYTIC, KERNELS, Kernel
-from torchzoo.ops._splat_project import CAMERAS, CameraModel, splat_project
+from torchzoo.ops._splat_project import CAMERAS, CameraModel, project
 from torchzoo.ops._splat_raster import Compositing, splat_intersect, splat_raster
 from torchzoo.ops.calling import below_autograd
 from torchzoo.ops.project_gaussians import ALPHA_MIN
@@ -209,27 +209,26 @@ def rasterize(
     beta = None if beta is None else beta.to(dtype).contiguous()
     opacities = per_camera(opacities.to(dtype), C, 1).contiguous()
     code, inria = KERNELS[kernel], preset == "inria"
-    with below_autograd(means, quats, scales, viewmats):
-        radii, means2d, depths, conics, covs2d, compensations = splat_project(
-            means,
-            quats,
-            scales,
-            opacities.detach(),
-            None if beta is None else beta.detach(),
-            viewmats,
-            Ks,
-            width,
-            height,
-            code,
-            CAMERAS[camera_model],
-            0.0 if code == ANALYTIC else BLUR if eps2d is None else eps2d,
-            INRIA_NEAR if inria else near,
-            float("inf") if inria else far,
-            radius_clip,
-            alpha_min,
-            antialiased,
-            inria,
-        )
+    radii, means2d, depths, conics, covs2d, compensations = project(
+        means,
+        quats,
+        scales,
+        opacities.detach(),
+        None if beta is None else beta.detach(),
+        viewmats,
+        Ks,
+        width,
+        height,
+        code,
+        CAMERAS[camera_model],
+        0.0 if code == ANALYTIC else BLUR if eps2d is None else eps2d,
+        INRIA_NEAR if inria else near,
+        float("inf") if inria else far,
+        radius_clip,
+        alpha_min,
+        antialiased,
+        inria,
+    )
     if antialiased:
         opacities = opacities * compensations
     if means2d.requires_grad and not torch.compiler.is_compiling():
