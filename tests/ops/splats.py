@@ -33,31 +33,16 @@ def has_kernel(name):
     return torch._C._dispatch_has_kernel_for_dispatch_key(f"torchzoo::{name}", "CPU")
 
 
-def _differentiable(op, setup, backward):
-    members = {"forward": op._init_fn, "setup_context": setup, "backward": backward}
-    members = {name: staticmethod(function) for name, function in members.items()}
-    return type("Reference", (torch.autograd.Function,), members).apply
-
-
 def use_references(monkeypatch):
     """Run the operators' PyTorch definitions, where there are kernels too."""
-    projected = _differentiable(
-        _splat_project.splat_project, _splat_project._setup, _splat_project._backward
-    )
-    harmonics = sys.modules["torchzoo.ops.spherical_harmonics"]
     for module, name, function in (
-        ("project_gaussians", "project", projected),
-        ("rasterize", "project", projected),
+        ("_splat_project", "splat_project", _splat_project.splat_project._init_fn),
         ("rasterize", "splat_intersect", _splat_raster.splat_intersect._init_fn),
         ("rasterize", "splat_raster", _splat_raster.splat_raster._init_fn),
         ("_splat_project", "splat_project_backward", OPERATORS["splat_project_backward"]._init_fn),
         ("_splat_raster", "splat_raster", _splat_raster.splat_raster._init_fn),
         ("_splat_raster", "splat_raster_backward", OPERATORS["splat_raster_backward"]._init_fn),
-        (
-            "spherical_harmonics",
-            "splat_sh",
-            _differentiable(splat_sh, harmonics._setup, harmonics._backward),
-        ),
+        ("spherical_harmonics", "splat_sh", splat_sh._init_fn),
         ("spherical_harmonics", "splat_sh_backward", splat_sh_backward._init_fn),
     ):
         monkeypatch.setattr(sys.modules[f"torchzoo.ops.{module}"], name, function)

@@ -166,10 +166,32 @@ def test_spherical_harmonics(degree, functions, count, dtype):
     shapes = ((count, 3), (count, functions, 3), (count, 3))
     dirs, coeffs, above = (torch.randn(s, generator=g, dtype=dtype).double() for s in shapes)
     dirs[: count // 500] = 0
-    for name, inputs in (("splat_sh", ()), ("splat_sh_backward", (above,))):
-        found = native(name, degree, dirs, coeffs, *inputs, dtype=dtype)
-        for one, other in zip(found, expected(name, degree, dirs, coeffs, *inputs), strict=True):
+    for name, inputs in (("splat_sh", ()), ("splat_sh_backward", (None, above))):
+        given = (degree, dirs, coeffs, None, None, *inputs)
+        for one, other in zip(
+            native(name, *given, dtype=dtype), expected(name, *given), strict=True
+        ):
             assert_near(one, other, dtype)
+
+
+@pytest.mark.parametrize("dtype", [DOUBLE, SINGLE])
+@pytest.mark.parametrize("count", [0, 1, 700])
+@pytest.mark.parametrize(("degree", "functions"), [(0, 1), (1, 16), (3, 16)])
+def test_colours_from_cameras(degree, functions, count, dtype):
+    g = torch.Generator().manual_seed(3)
+    shapes = ((count, 3), (2 * count, functions, 3), (2, 3), (2 * count, 3))
+    points, coeffs, centres, above = (
+        torch.randn(s, generator=g, dtype=dtype).double() for s in shapes
+    )
+    radii = torch.randint(0, 3, (2, count, 2), generator=g, dtype=torch.int32)
+    given = (degree, points, coeffs, centres, radii)
+    (colors,) = native("splat_sh", *given, dtype=dtype)
+    (wanted,) = expected("splat_sh", *given)
+    assert_near(colors, wanted, dtype)
+    slopes = (*given, colors, above)
+    found = native("splat_sh_backward", *slopes, dtype=dtype)
+    for one, other in zip(found, expected("splat_sh_backward", *slopes), strict=True):
+        assert_near(one, other, dtype)
 
 
 @pytest.mark.parametrize("deterministic", [False, True])

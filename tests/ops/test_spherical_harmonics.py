@@ -8,6 +8,7 @@ from torch.autograd import gradcheck
 
 from tests.ops.splats import DOUBLE, backend  # noqa: F401
 from torchzoo.ops import sh_to_rgb, spherical_harmonics
+from torchzoo.ops.spherical_harmonics import view_colors
 
 pytestmark = pytest.mark.usefixtures("backend")
 
@@ -115,9 +116,63 @@ def test_what_does_not_fit(degree, dirs, coeffs, words):
         spherical_harmonics(degree, torch.zeros(dirs), torch.zeros(coeffs))
 
 
+def views(shared, count=6, dtype=DOUBLE):
+    """Means, centres of two cameras, radii of which some are 0, and coefficients."""
+    g = torch.Generator().manual_seed(4)
+    shape = (count, 16, 3) if shared else (2, count, 16, 3)
+    means, centres, coeffs = (
+        torch.randn(s, generator=g, dtype=dtype) for s in ((count, 3), (2, 3), shape)
+    )
+    radii = torch.tensor([3, 1, 0, 2, 0, 5, 4, 1], dtype=torch.int32).repeat(count)[: 4 * count]
+    return means, centres, radii.view(2, count, 2), coeffs
+
+
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("degree", range(4))
+def test_colours_from_cameras_are_those_along_the_rays(degree, shared):
+    means, centres, radii, coeffs = views(shared)
+    leaves = [x.requires_grad_() for x in (means, centres, coeffs)]
+    rays = torch.where((radii > 0).all(-1, keepdim=True), means - centres[:, None], 0)
+    expected = sh_to_rgb(spherical_harmonics(degree, rays, coeffs))
+    found = view_colors(degree, means, centres, radii, coeffs)
+    assert 0 < int((expected == 0).sum()) < expected.numel()  # some are cut off
+    assert (found - expected).abs().max() <= 1e-14
+    above = torch.randn(2, 6, 3, dtype=DOUBLE, generator=torch.Generator().manual_seed(5))
+    pairs = zip(
+        *(torch.autograd.grad(image, leaves, above) for image in (found, expected)), strict=True
+    )
+    assert all((one - other).abs().max() <= 1e-13 for one, other in pairs)
+
+
+def test_splats_out_of_sight_have_no_direction():
+    means, centres, radii, coeffs = views(True)
+    hidden = (radii[0] == 0).any(-1)
+    means[hidden] = torch.nan
+    leaf = means.clone().requires_grad_()
+    found = view_colors(3, leaf, centres[:1], radii[:1], coeffs)
+    mean = (0.28209479177387814 * coeffs[:, 0] + 0.5).relu()
+    assert (found[0, hidden] - mean[hidden]).abs().max() <= 1e-15
+    found.sum().backward()
+    assert (leaf.grad[hidden] == 0).all()
+    assert leaf.grad[~hidden].isfinite().all()
+    assert (leaf.grad[~hidden] != 0).any()
+
+
+def test_gradients_of_one_camera():
+    means, centres, radii, coeffs = views(True)
+    coeffs[:, 0] += 3  # away from the cut
+    leaves = [x.requires_grad_() for x in (means, centres[:1].clone(), coeffs)]
+    assert gradcheck(lambda m, c, s: view_colors(3, m, c, radii[:1], s), leaves)
+
+
 def test_torch_accepts_the_operators():
-    dirs, coeffs = directions(4).requires_grad_(), torch.randn(4, 9, 3, dtype=DOUBLE)
-    torch.library.opcheck(torch.ops.torchzoo.splat_sh.default, (2, dirs, coeffs.requires_grad_()))
-    given = (2, dirs.detach(), coeffs.detach(), torch.randn(4, 3, dtype=DOUBLE))
+    dirs, coeffs = directions(4), torch.randn(4, 9, 3, dtype=DOUBLE)
+    torch.library.opcheck(torch.ops.torchzoo.splat_sh.default, (2, dirs, coeffs, None, None))
+    given = (2, dirs, coeffs, None, None, None, torch.randn(4, 3, dtype=DOUBLE))
     tests = ("test_schema", "test_faketensor")
+    torch.library.opcheck(torch.ops.torchzoo.splat_sh_backward.default, given, test_utils=tests)
+    means, centres, radii, coeffs = views(False)
+    given = (2, means, coeffs.flatten(0, 1), centres, radii)
+    torch.library.opcheck(torch.ops.torchzoo.splat_sh.default, given, test_utils=tests)
+    given = (*given, torch.ops.torchzoo.splat_sh(*given), torch.randn(12, 3, dtype=DOUBLE))
     torch.library.opcheck(torch.ops.torchzoo.splat_sh_backward.default, given, test_utils=tests)

@@ -1,4 +1,5 @@
-// splat_sh on CUDA: spherical harmonics at directions, and their gradients.
+// splat_sh on CUDA: spherical harmonics at directions, and their gradients; with centres of cameras
+// the directions are those from each centre to each point, and the results are colours.
 //
 // A thread has a direction. A block's coefficients go through shared memory, so that the device's is
 // read and written in whole lines; rows of an odd length keep threads out of each other's banks.
@@ -27,19 +28,35 @@ __device__ __forceinline__ void load(const T* from, int64_t first, int rows, int
     to[i / R::SIZE * R::STRIDE + i % R::SIZE] = from[(first + i / R::SIZE) * width + i % R::SIZE];
 }
 
+template <class T>
+struct Rays {
+  const T *points, *centres;  // no centres: the points are directions
+  const int* radii;
+  int64_t count;  // of points
+
+  __device__ bool seen(int64_t m) const { return !centres || (radii[2 * m] > 0 && radii[2 * m + 1] > 0); }
+
+  __device__ void direction(int64_t m, T* dir) const {
+    const T* point = points + 3 * (centres ? m % count : m);
+    const T* from = centres ? centres + 3 * (m / count) : nullptr;
+    const bool there = seen(m);
+#pragma unroll
+    for (int i = 0; i < 3; ++i) dir[i] = there ? point[i] - (from ? from[i] : T(0)) : T(0);
+  }
+};
+
 template <class T, int degree>
 __global__ void __launch_bounds__(THREADS<T>)
-    sh_kernel(const T* __restrict__ dirs, const T* __restrict__ coeffs, int64_t count, int width,
-              T* __restrict__ out) {
+    sh_kernel(Rays<T> rays, const T* __restrict__ coeffs, int64_t count, int width, T* __restrict__ out) {
   using R = Row<degree>;
   __shared__ T rows[THREADS<T> * R::STRIDE];
   const int64_t first = int64_t(blockIdx.x) * THREADS<T>, at = first + threadIdx.x;
   load<degree>(coeffs, first, static_cast<int>(min(count - first, int64_t(THREADS<T>))), width, rows);
   __syncthreads();
   if (at >= count) return;
-  const T dir[3] = {dirs[3 * at], dirs[3 * at + 1], dirs[3 * at + 2]};
   const T* mine = rows + threadIdx.x * R::STRIDE;
-  T unit[3], inverse, basis[16], sum[3] = {};
+  T dir[3], unit[3], inverse, basis[16], sum[3] = {};
+  rays.direction(at, dir);
   normalise(dir, unit, &inverse);
   sh_basis(degree, unit, basis);
 #pragma unroll
@@ -47,13 +64,17 @@ __global__ void __launch_bounds__(THREADS<T>)
 #pragma unroll
     for (int channel = 0; channel < 3; ++channel) sum[channel] += basis[k] * mine[3 * k + channel];
 #pragma unroll
-  for (int channel = 0; channel < 3; ++channel) out[3 * at + channel] = sum[channel];
+  for (int channel = 0; channel < 3; ++channel) {
+    const T shown = sum[channel] + T(0.5);
+    out[3 * at + channel] = !rays.centres ? sum[channel] : shown < 0 ? T(0) : shown;  // a NaN stays
+  }
 }
 
 template <class T, int degree>
 __global__ void __launch_bounds__(THREADS<T>)
-    sh_backward_kernel(const T* __restrict__ dirs, const T* __restrict__ coeffs, const T* __restrict__ g,
-                       int64_t count, int width, T* __restrict__ g_dirs, T* __restrict__ g_coeffs) {
+    sh_backward_kernel(Rays<T> rays, const T* __restrict__ coeffs, const T* __restrict__ colors,
+                       const T* __restrict__ g, int64_t count, int width, T* __restrict__ g_dirs,
+                       T* __restrict__ g_coeffs) {
   using R = Row<degree>;
   __shared__ T rows[THREADS<T> * R::STRIDE];
   const int64_t first = int64_t(blockIdx.x) * THREADS<T>, at = first + threadIdx.x;
@@ -61,10 +82,12 @@ __global__ void __launch_bounds__(THREADS<T>)
   load<degree>(coeffs, first, here, width, rows);
   __syncthreads();
   if (at < count) {
-    const T dir[3] = {dirs[3 * at], dirs[3 * at + 1], dirs[3 * at + 2]};
-    const T above[3] = {g[3 * at], g[3 * at + 1], g[3 * at + 2]};
     T* mine = rows + threadIdx.x * R::STRIDE;
-    T unit[3], inverse, basis[16], by_basis[16], by_unit[3], by_dir[3];
+    T dir[3], above[3], unit[3], inverse, basis[16], by_basis[16], by_unit[3], by_dir[3];
+    rays.direction(at, dir);
+#pragma unroll
+    for (int channel = 0; channel < 3; ++channel)
+      above[channel] = colors && colors[3 * at + channel] <= 0 ? T(0) : g[3 * at + channel];
     normalise(dir, unit, &inverse);
     sh_basis(degree, unit, basis);
 #pragma unroll
@@ -76,7 +99,7 @@ __global__ void __launch_bounds__(THREADS<T>)
     sh_basis_backward(degree, unit, by_basis, by_unit);
     normalise_backward(unit, inverse, by_unit, by_dir);
 #pragma unroll
-    for (int i = 0; i < 3; ++i) g_dirs[3 * at + i] = by_dir[i];
+    for (int i = 0; i < 3; ++i) g_dirs[3 * at + i] = rays.seen(at) ? by_dir[i] : T(0);
   }
   __syncthreads();
   for (int i = threadIdx.x; i < here * width; i += THREADS<T>) {
@@ -95,49 +118,70 @@ void with_degree(int64_t degree, const Run& run) {
 }
 
 struct Given {
-  Tensor dirs, coeffs;
-  int64_t count, functions;
+  Tensor points, coeffs, centres, radii;
+  int64_t rows, functions;
+  bool from_cameras;
 
-  Given(int64_t degree, const Tensor& dirs_, const Tensor& coeffs_) {
-    check_devices("splat_sh", {dirs_, coeffs_});
-    STD_TORCH_CHECK(dirs_.dim() == 2 && coeffs_.dim() == 3 && coeffs_.size(1) >= (degree + 1) * (degree + 1) &&
+  Given(int64_t degree, const Tensor& points_, const Tensor& coeffs_, const std::optional<Tensor>& centres_,
+        const std::optional<Tensor>& radii_)
+      : from_cameras(centres_.has_value()) {
+    check_devices("splat_sh", {points_, coeffs_});
+    STD_TORCH_CHECK(points_.dim() == 2 && coeffs_.dim() == 3 && coeffs_.size(1) >= (degree + 1) * (degree + 1) &&
                         coeffs_.size(1) <= 1 << 16,
-                    "splat_sh: expected dirs (M, 3) and coeffs (M, K, 3) with K >= (degree + 1)^2");
-    count = dirs_.size(0), functions = coeffs_.size(1);
-    dirs = dense("dirs", dirs_, dirs_.scalar_type(), {count, 3});
-    coeffs = dense("coeffs", coeffs_, dirs_.scalar_type(), {count, functions, 3});
+                    "splat_sh: expected points (M, 3) and coeffs (M, K, 3) with K >= (degree + 1)^2");
+    STD_TORCH_CHECK(from_cameras == radii_.has_value(), "splat_sh: expected centres and radii, or none of them");
+    const int64_t count = points_.size(0), cameras = from_cameras ? centres_->size(0) : 1;
+    rows = count * cameras, functions = coeffs_.size(1);
+    points = dense("points", points_, points_.scalar_type(), {count, 3});
+    coeffs = dense("coeffs", coeffs_, points_.scalar_type(), {rows, functions, 3});
+    if (!from_cameras) return;
+    check_devices("splat_sh", {points_, *centres_, *radii_});
+    centres = dense("centres", *centres_, points_.scalar_type(), {cameras, 3});
+    radii = dense("radii", *radii_, ScalarType::Int, {cameras, count, 2});
   }
+
+  template <class T>
+  Rays<T> rays() const {
+    if (!from_cameras) return {read<T>(points), nullptr, nullptr, rows};
+    return {read<T>(points), read<T>(centres), read<int>(radii), points.size(0)};
+  }
+
+  int width() const { return static_cast<int>(3 * functions); }
 };
 
-Tensor splat_sh(int64_t degree, const Tensor& dirs, const Tensor& coeffs) {
-  const DeviceGuard guard(dirs.get_device_index());
-  const Given given(degree, dirs, coeffs);
-  Tensor out = torch::stable::empty_like(given.dirs);
-  if (!given.count) return out;
-  with_type(given.dirs, [&]<class T>() {
+Tensor splat_sh(int64_t degree, const Tensor& points, const Tensor& coeffs, std::optional<Tensor> centres,
+                std::optional<Tensor> radii) {
+  const DeviceGuard guard(points.get_device_index());
+  const Given given(degree, points, coeffs, centres, radii);
+  Tensor out = torch::stable::new_empty(given.points, {given.rows, 3});
+  if (!given.rows) return out;
+  with_type(given.points, [&]<class T>() {
     with_degree(degree, [&]<int d>() {
-      sh_kernel<T, d><<<grid_of("splat_sh", given.count, THREADS<T>), THREADS<T>, 0, stream(given.dirs)>>>(
-          read<T>(given.dirs), read<T>(given.coeffs), given.count, static_cast<int>(3 * given.functions),
-          write<T>(out));
+      sh_kernel<T, d><<<grid_of("splat_sh", given.rows, THREADS<T>), THREADS<T>, 0, stream(given.points)>>>(
+          given.rays<T>(), read<T>(given.coeffs), given.rows, given.width(), write<T>(out));
     });
   });
   check_launch("sh_kernel");
   return out;
 }
 
-std::tuple<Tensor, Tensor> splat_sh_backward(int64_t degree, const Tensor& dirs, const Tensor& coeffs,
-                                             const Tensor& g) {
-  const DeviceGuard guard(dirs.get_device_index());
-  const Given given(degree, dirs, coeffs);
-  check_devices("splat_sh_backward", {dirs, g});
-  const Tensor above = dense("g", g, dirs.scalar_type(), {given.count, 3});
-  Tensor g_dirs = torch::stable::empty_like(given.dirs), g_coeffs = torch::stable::empty_like(given.coeffs);
-  if (!given.count) return {g_dirs, g_coeffs};
-  with_type(given.dirs, [&]<class T>() {
+std::tuple<Tensor, Tensor> splat_sh_backward(int64_t degree, const Tensor& points, const Tensor& coeffs,
+                                             std::optional<Tensor> centres, std::optional<Tensor> radii,
+                                             std::optional<Tensor> colors, const Tensor& g) {
+  const DeviceGuard guard(points.get_device_index());
+  const Given given(degree, points, coeffs, centres, radii);
+  check_devices("splat_sh_backward", {points, g, colors ? *colors : g});
+  const auto as_rows = [&](const char* name, const Tensor& t) {
+    return dense(name, t, points.scalar_type(), {given.rows, 3});
+  };
+  const Tensor above = as_rows("g", g), shown = as_rows("colors", colors ? *colors : g);
+  Tensor g_dirs = torch::stable::empty_like(above), g_coeffs = torch::stable::empty_like(given.coeffs);
+  if (!given.rows) return {g_dirs, g_coeffs};
+  with_type(given.points, [&]<class T>() {
     with_degree(degree, [&]<int d>() {
-      sh_backward_kernel<T, d><<<grid_of("splat_sh_backward", given.count, THREADS<T>), THREADS<T>, 0, stream(given.dirs)>>>(
-          read<T>(given.dirs), read<T>(given.coeffs), read<T>(above), given.count,
-          static_cast<int>(3 * given.functions), write<T>(g_dirs), write<T>(g_coeffs));
+      sh_backward_kernel<T, d><<<grid_of("splat_sh_backward", given.rows, THREADS<T>), THREADS<T>, 0, stream(given.points)>>>(
+          given.rays<T>(), read<T>(given.coeffs), colors ? read<T>(shown) : nullptr, read<T>(above),
+          given.rows, given.width(), write<T>(g_dirs), write<T>(g_coeffs));
     });
   });
   check_launch("sh_backward_kernel");

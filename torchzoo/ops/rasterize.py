@@ -14,7 +14,7 @@ from torchzoo.ops._splat_project import CAMERAS, CameraModel, project
 from torchzoo.ops._splat_raster import Compositing, splat_intersect, splat_raster
 from torchzoo.ops.calling import below_autograd
 from torchzoo.ops.project_gaussians import ALPHA_MIN
-from torchzoo.ops.spherical_harmonics import check_coefficients, spherical_harmonics
+from torchzoo.ops.spherical_harmonics import check_coefficients, spherical_harmonics, view_colors
 
 RenderMode = Literal["RGB", "D", "ED", "RGB+D", "RGB+ED"]
 BLUR = 0.3
@@ -235,9 +235,7 @@ def rasterize(
         means2d.retain_grad()
     painted = features.to(dtype)
     if sh_degree is not None and render_mode not in ("D", "ED"):
-        directions = _directions(means, viewmats, camera_model)
-        directions = torch.where((radii > 0).all(-1, keepdim=True), directions, 0)
-        painted = sh_to_rgb(spherical_harmonics(sh_degree, directions, painted))
+        painted = _view(sh_degree, means, viewmats, radii, painted, camera_model)
     colors = painted
     painted, behind = _channels(painted, depths, backgrounds, render_mode)
     image, final_t, last, median, n_isects = _composite(
@@ -293,12 +291,22 @@ def _check_grid(
         raise ValueError(f"offset: got {offset}, expected two from 0 to {dilation - 1}")
 
 
-def _directions(means: Tensor, viewmats: Tensor, camera_model: CameraModel) -> Tensor:
-    """`(C, N, 3)`: along which rays the cameras see the splats."""
+def _view(
+    sh_degree: int,
+    means: Tensor,
+    viewmats: Tensor,
+    radii: Tensor,
+    coeffs: Tensor,
+    camera_model: CameraModel,
+) -> Tensor:
+    """`(C, N, 3)`: the colours that the cameras see the splats in."""
     R, t = viewmats[:, :3, :3], viewmats[:, :3, 3]
-    if camera_model == "orthographic":
-        return R[:, 2:].expand(-1, means.shape[0], -1)
-    return means[None] + t[:, None] @ R  # the camera is at -R^T t
+    if camera_model != "orthographic":
+        centres = -(t[:, :, None] * R).sum(1)  # not a product, which autocast would round
+        return view_colors(sh_degree, means, centres, radii, coeffs)
+    seen = (radii > 0).all(-1, keepdim=True)
+    directions = torch.where(seen, R[:, 2:], 0)
+    return sh_to_rgb(spherical_harmonics(sh_degree, directions, coeffs))
 
 
 def _channels(

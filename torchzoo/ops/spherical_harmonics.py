@@ -67,8 +67,20 @@ def spherical_harmonics(degree: int, dirs: Tensor, coeffs: Tensor) -> Tensor:
     dtype = common_dtype(dirs, coeffs)
     flat = _spread(dirs.to(dtype), lead, 1).contiguous()
     weights = _spread(coeffs.to(dtype), lead, 2).contiguous()
-    with below_autograd(flat, weights):
-        return splat_sh(degree, flat, weights).reshape(*lead, 3)
+    return _differentiable_sh(degree, flat, weights, None, None).reshape(*lead, 3)
+
+
+def view_colors(
+    degree: int, means: Tensor, centres: Tensor, radii: Tensor, coeffs: Tensor
+) -> Tensor:
+    """`sh_to_rgb` of the harmonics along the rays from the cameras to the splats: `(C, N, 3)`.
+
+    Of one type, means `(N, 3)`, centres of the cameras `(C, 3)`, and coefficients `(N, K, 3)` or
+    `(C, N, K, 3)`. Where a radius `(C, N, 2)` is 0 there is no direction, and no gradient by it.
+    """
+    lead = tuple(radii.shape[:2])
+    weights = _spread(coeffs, lead, 2).contiguous()
+    return _differentiable_sh(degree, means, weights, centres, radii).reshape(*lead, 3)
 
 
 def _spread(x: Tensor, lead: tuple[int, ...], own: int) -> Tensor:
@@ -120,43 +132,87 @@ def _basis(degree: int, dirs: Tensor) -> Tensor:
     return torch.stack(values, -1)
 
 
+def _directions(points: Tensor, centres: Tensor | None, radii: Tensor | None) -> Tensor:
+    """`(M, 3)`: the points themselves, or from each camera's centre to each point it sees."""
+    if centres is None or radii is None:
+        return points
+    seen = (radii > 0).all(-1, keepdim=True)
+    return torch.where(seen, points - centres[:, None], 0).reshape(-1, 3)
+
+
 def _sum(degree: int, dirs: Tensor, coeffs: Tensor) -> Tensor:
     return torch.einsum("mk,mkc->mc", _basis(degree, dirs), coeffs[:, : (degree + 1) ** 2])
 
 
 @torch.library.custom_op("torchzoo::splat_sh", mutates_args=())
-def splat_sh(degree: int, dirs: Tensor, coeffs: Tensor) -> Tensor:
-    with no_autocast(dirs):
-        return _sum(degree, dirs, coeffs)
+def splat_sh(
+    degree: int, points: Tensor, coeffs: Tensor, centres: Tensor | None, radii: Tensor | None
+) -> Tensor:
+    with no_autocast(points):
+        values = _sum(degree, _directions(points, centres, radii), coeffs)
+        return values if centres is None else torch.relu(values + 0.5)
 
 
 @splat_sh.register_fake
-def _(degree: int, dirs: Tensor, coeffs: Tensor) -> Tensor:
-    return dirs.new_empty(dirs.shape)
+def _(degree: int, points: Tensor, coeffs: Tensor, *_: Tensor | None) -> Tensor:
+    return points.new_empty(coeffs.shape[0], 3)
 
 
 @torch.library.custom_op("torchzoo::splat_sh_backward", mutates_args=())
 def splat_sh_backward(
-    degree: int, dirs: Tensor, coeffs: Tensor, g: Tensor
+    degree: int,
+    points: Tensor,
+    coeffs: Tensor,
+    centres: Tensor | None,
+    radii: Tensor | None,
+    colors: Tensor | None,
+    g: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    with no_autocast(dirs):
+    """Gradients by the directions `(M, 3)` and the coefficients; `colors` were cut off at 0."""
+    with no_autocast(points):
+        dirs = _directions(points, centres, radii)
         pull = torch.func.vjp(lambda d, c: _sum(degree, d, c), dirs, coeffs)[1]
-        g_dirs, g_coeffs = pull(g)
+        g_dirs, g_coeffs = pull(g if colors is None else torch.where(colors <= 0, 0, g))
+        if radii is not None:
+            g_dirs = torch.where((radii > 0).all(-1).reshape(-1, 1), g_dirs, 0)
     return g_dirs, g_coeffs
 
 
 @splat_sh_backward.register_fake
-def _(degree: int, dirs: Tensor, coeffs: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
-    return dirs.new_empty(dirs.shape), coeffs.new_empty(coeffs.shape)
+def _(degree: int, points: Tensor, coeffs: Tensor, *_: Tensor | None) -> tuple[Tensor, Tensor]:
+    return points.new_empty(coeffs.shape[0], 3), coeffs.new_empty(coeffs.shape)
 
 
-def _setup(ctx: Any, inputs: tuple[int, Tensor, Tensor], output: Tensor) -> None:
-    ctx.degree = inputs[0]
-    ctx.save_for_backward(*inputs[1:])
+class Harmonics(torch.autograd.Function):
+    """`splat_sh` with gradients."""
+
+    @staticmethod
+    def forward(*inputs: Any) -> Tensor:
+        with below_autograd():
+            found: Tensor = splat_sh(*inputs)
+        return found
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.degree, *tensors = inputs
+        ctx.save_for_backward(*tensors, None if inputs[3] is None else output)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        points, coeffs, centres, radii, colors = ctx.saved_tensors
+        given = (points, coeffs, centres, radii, colors)
+        g_dirs, g_coeffs = splat_sh_backward(ctx.degree, *given, g.contiguous())
+        if centres is None:
+            return None, g_dirs, g_coeffs, None, None
+        each = g_dirs.view(*radii.shape[:2], 3)
+        g_points = each[0] if len(each) == 1 else each.sum(0)
+        g_centres = -each.sum(1) if ctx.needs_input_grad[3] else None
+        return None, g_points, g_coeffs, g_centres, None
 
 
-def _backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-    return None, *splat_sh_backward(ctx.degree, *ctx.saved_tensors, g.contiguous())
-
-
-splat_sh.register_autograd(_backward, setup_context=_setup)
+def _differentiable_sh(degree: int, *inputs: Tensor | None) -> Tensor:
+    """`splat_sh`, with gradients where there are some to record."""
+    wanted = any(x is not None and x.requires_grad for x in inputs)
+    run = Harmonics.apply if wanted and torch.is_grad_enabled() else Harmonics.forward
+    found: Tensor = run(degree, *inputs)
+    return found

@@ -93,7 +93,8 @@ def reference(scene: Scene, size: int) -> Tensor:
         *(means, quats, scales, opacities[None], None, viewmat, K, size, size),
         *(0, 0, 0.3, 0.01, 1e10, 0.0, ALPHA_MIN, False, False),
     )
-    colours = (formulation(splat_sh)(3, means, sh) + 0.5).relu()[None]
+    centres = torch.zeros(1, 3, device=means.device)  # the camera is there
+    colours = formulation(splat_sh)(3, means, sh, centres, radii)[None]
     grid = (size, size, TILE, 0, 1.0, ALPHA_MIN)
     shown = (means2d, conics, opacities[None])
     lists = formulation(_splat_raster.splat_intersect)(
