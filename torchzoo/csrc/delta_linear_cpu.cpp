@@ -10,7 +10,8 @@
 namespace torchzoo {
 namespace {
 
-constexpr int64_t TILE = 1024;
+constexpr int64_t TILE = 2048;
+constexpr int64_t ALONE = 1 << 18;  // numbers that a thread adds before another has woken up
 
 template <class T>
 struct Changed {  // of all streams: those of stream s are at starts[s] .. starts[s + 1]
@@ -43,7 +44,9 @@ void add_changed(const Changed<T>& changed, const Tensor& weight_t, const T* acc
   const int64_t streams = static_cast<int64_t>(changed.starts.size()) - 1;
   const int64_t outputs = weight_t.size(1), tiles = (outputs + TILE - 1) / TILE;
   const W* weight = weight_t.const_data_ptr<W>();
-  parallel_for(0, streams * tiles, 1, [&](int64_t begin, int64_t end) {
+  const int64_t rows = static_cast<int64_t>(changed.inputs.size()) / streams + 1;
+  const int64_t grain = ALONE / (rows * std::min(TILE, outputs + 1)) + 1;
+  parallel_for(0, streams * tiles, grain, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
       const int64_t s = task / tiles, o = task % tiles * TILE, n = std::min(TILE, outputs - o);
       const int64_t first = changed.starts[s], count = changed.starts[s + 1] - first;
