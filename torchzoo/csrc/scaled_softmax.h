@@ -6,8 +6,8 @@
 
 namespace torchzoo {
 
-// s z − max_c s z_c as abs(2s) (±z/2 − max_c ±z_c/2), the sign that of s: 0 at the largest, which a fused
-// s z − max would not be, and finite for whatever finite z, as z − z_c would not be.
+// s z − max_c s z_c as abs(2s) (±z/2 − max_c ±z_c/2) with the sign of s: exactly 0 at the largest, which
+// s z − max, contracted to one operation, is not; and no difference of finite numbers overflows.
 template <class A>
 struct RowScale {
   A half, twice;

@@ -1,6 +1,8 @@
 """Softmax of rows that each have a scale of their own, fused.
 
-y_i = exp(s z_i) / Σ_c exp(s z_c) for a row z and its scale s. For a gradient g of y, t = Σ_i g_i y_i,
+y_i = exp(s z_i) / Σ_c exp(s z_c)
+
+for a row z and its scale s. For a gradient g of y and t = Σ_i g_i y_i,
 
 dz_i = s y_i (g_i − t),   ds = Σ_i z_i y_i (g_i − t).
 """
@@ -36,8 +38,8 @@ def scaled_softmax(z: Tensor, scale: Tensor) -> Tensor:
         all are minus infinity, the row is NaN.
 
     Raises:
-        ValueError: `z` is not floating-point or has no axis, or `scale` is no real number for each
-            row, on the same device.
+        ValueError: `z` is not floating-point or has no axis, or `scale` is not a real number for
+            each row on the same device.
 
     Source:
         A. Schmaltz, "Similarity-Distance-Magnitude Universal Verification", 2025, whose activation
@@ -76,7 +78,7 @@ def formula(z: Tensor, scale: Tensor) -> Tensor:
 
 
 def slopes(grad: Tensor, y: Tensor, scale: Tensor, z: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The gradients by `z` and `scale`, in differentiable operations; 0 for the latter without z."""
+    """The gradients by `z` and `scale` (0 without z), in differentiable operations."""
     wide_y, wide_grad = y.to(scale.dtype), grad.to(scale.dtype)
     away = wide_y * (wide_grad - (wide_grad * wide_y).sum(-1, keepdim=True))
     dz = (scale.unsqueeze(-1) * away).to(y.dtype)
@@ -129,15 +131,13 @@ def _rows_vmap(op: Any) -> Any:
     """The vmap rule: no row depends on another, so a batch is one more leading dimension."""
 
     def rule(info: Any, in_dims: tuple[Any, ...], *args: Tensor | None) -> tuple[Any, Any]:
-        whole = [
-            arg
-            if arg is None
-            else arg.expand(info.batch_size, *arg.shape)
-            if dim is None
-            else arg.movedim(dim, 0)
-            for arg, dim in zip(args, in_dims, strict=True)
-        ]
-        result = op(*whole)
+        def lead(arg: Tensor | None, dim: int | None) -> Tensor | None:
+            if arg is None:
+                return None
+            whole = arg.expand(info.batch_size, *arg.shape) if dim is None else arg
+            return whole.movedim(dim or 0, 0)
+
+        result = op(*map(lead, args, in_dims))
         return result, 0 if isinstance(result, Tensor) else (0,) * len(result)
 
     return rule
