@@ -40,6 +40,7 @@ from torchzoo.ops import (
     rans_encode,
     rasterize,
     s3im_groups,
+    scaled_softmax,
     sparse_ffn,
     spgemm,
     vandermonde,
@@ -91,6 +92,7 @@ def results() -> list[Tensor]:
     bent += [bounded_relu(x, torch.tensor([0.5]))]
     bent += [evonorm_sample(pairs, *normal(3, 6).unbind(), groups=2)]
     bent += [evonorm_batch(pairs, *normal(3, 6).unbind())[0]]
+    bent += [scaled_softmax(pairs, mixing)]
     logs = [log_einsum_exp(level, mixing.square()), log_einsum_exp2(level, mixed, pairs.square())]
     logs += [log_max_sum(level, mixing.square())[0]]
     logs += [categorical_log_prob(mixing, torch.arange(12).view(3, 4) % 6)]

@@ -28,6 +28,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from torchzoo.ops import scaled_softmax
+
 SOFTMAX_Q = math.e - 2
 """The similarity that, with a distance quantile of 1, gives the ordinary softmax."""
 
@@ -68,6 +70,8 @@ def sdm_softmax(
     if base not in ("q", "e"):
         raise ValueError(f"base: expected 'q' or 'e', got {base!r}")
     scale = _log_base(z, q, d)
+    if not log and d.ndim < z.ndim:
+        return scaled_softmax(z, d.to(scale.dtype) * scale.squeeze(-1))
     d = d if d.ndim == z.ndim else d.unsqueeze(-1)
     scaled = z * (d.to(scale.dtype) * scale)
     if not log:

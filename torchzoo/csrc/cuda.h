@@ -66,6 +66,15 @@ __device__ __forceinline__ T warp_sum(T value) {
   return value;
 }
 
+// NaN is passed over.
+template <class T>
+__device__ __forceinline__ T warp_max(T value) {
+#pragma unroll
+  for (int lanes = WARP / 2; lanes; lanes /= 2)
+    value = max(value, __shfl_xor_sync(ALL_LANES, value, lanes));
+  return value;
+}
+
 // The sum of `value` over the threads of the block before this one; in `total`, over all of them.
 template <int threads, class T>
 __device__ __forceinline__ T block_sum_before(T value, T* total) {

@@ -37,6 +37,7 @@ from torchzoo.ops.rans import (
 )
 from torchzoo.ops.rasterize import RasterOutput, rasterize, sh_to_rgb
 from torchzoo.ops.s3im_groups import s3im_groups
+from torchzoo.ops.scaled_softmax import scaled_softmax
 from torchzoo.ops.sparse_ffn import FFNStats, pack_ffn, sparse_ffn
 from torchzoo.ops.spgemm import (
     SpGEMMPlan,
@@ -93,6 +94,7 @@ __all__ = [
     "rans_encode",
     "rasterize",
     "s3im_groups",
+    "scaled_softmax",
     "sh_to_rgb",
     "sparse_ffn",
     "spgemm",

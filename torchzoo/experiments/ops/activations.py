@@ -7,7 +7,7 @@ HyReLU have too.
 Three are more than an activation, and are held to what they take the place of. EvoNorm-B0 and S0
 measure the statistics of their input before they can begin, which is another pass over memory that
 ReLU alone has not: their peers are BatchNorm with ReLU and GroupNorm with SiLU, in training mode.
-The SDM activation is a softmax.
+The SDM activation is a softmax, and shown against ReLU too.
 
 Top-k activations, and KAN layers, whose functions are mixed by a matrix, are no elementwise
 activations and not here.
@@ -75,7 +75,7 @@ ACTIVATIONS: dict[str, tuple[Make, dict[str, Make], str]] = {
     "FATReLU": (lambda: FATReLU(0.01), RELU, "rows"),
     "EvoNorm-B0": (lambda: EvoNormB0(CHANNELS), BATCH, "images"),
     "EvoNorm-S0": (lambda: EvoNormS0(CHANNELS, GROUPS), SAMPLE, "images"),
-    "SDM": (SDM, {"softmax": lambda: nn.Softmax(-1)}, "rows"),
+    "SDM": (SDM, {"softmax": lambda: nn.Softmax(-1), **RELU}, "rows"),
 }
 
 
