@@ -19,6 +19,7 @@ import torch
 
 from torchzoo.experiment import describe, versions
 from torchzoo.files import atomic_path
+from torchzoo.ops import library
 
 OURS = "torchzoo"
 WARM_UP = 1.0  # seconds a contender; memory that a process has never touched is slow for a while
@@ -182,7 +183,8 @@ def peak_bytes(call: Callable[[], Any], device: torch.device) -> int | None:
         del kept
         return int(torch.cuda.max_memory_allocated() - before)
     try:
-        ctypes.CDLL(None).malloc_trim(0)  # what the allocator keeps for later counts as free
+        library.release_memory()  # what is kept for later counts as free
+        ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
         before = _resident("VmRSS")
         kept = call()

@@ -57,7 +57,7 @@ Tensor basis_functions_backward(const Tensor& grad, const Tensor& x, int64_t kin
                                 int64_t order, double low, double spacing) {
   basis::check_features("basis_functions_backward", grad, x, count);
   const Tensor in = dense(x), above = dense(grad);
-  Tensor dx = fresh_like(in);
+  Tensor dx = fresh(in);
   basis::for_inputs("basis_functions_backward", x, [&](auto zero) {
     using A = decltype(zero);
     const int64_t inputs = x.size(1);

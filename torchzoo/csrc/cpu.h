@@ -23,9 +23,14 @@
 #include <utility>
 #include <vector>
 
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
+#include "pool.h"
+
+// Declared by torch's headers from 2.11 on only; null where the torch that is running has none.
+extern "C" __attribute__((weak)) AOTITorchError torch_from_blob(
+    void* data, int64_t ndim, const int64_t* sizes_ptr, const int64_t* strides_ptr, int64_t storage_offset,
+    int32_t dtype, int32_t device_type, int32_t device_index, AtenTensorHandle* ret, int32_t layout,
+    const uint8_t* opaque_metadata, int64_t opaque_metadata_size, void (*deleter)(void* data, void* ctx),
+    void* deleter_ctx);
 
 namespace torchzoo {
 
@@ -62,44 +67,64 @@ inline Isa isa() {
   return found;
 }
 
-// `contiguous` and `empty_like` for steps of microseconds: torch's own find their operators by name,
-// which is slow in a cold cache, and the first even where there is nothing to do.
+// torch's `contiguous` finds its operator by name, which is slow in a cold cache, even where there is nothing
+// to do.
 inline Tensor dense(const Tensor& t) {
   return t.is_contiguous() ? t : torch::stable::contiguous(t);
 }
 
-// Asks for huge pages where the system has them: large results and scratch lie in memory that the process
-// has just got, which costs a fault for each page at its first write, and of 2 MiB pages there are 512
-// times fewer. They also need fewer entries in the tables that translate addresses.
-inline void in_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] size_t bytes) {
-#ifdef MADV_HUGEPAGE
-  constexpr uintptr_t huge = 2 << 20;
-  const auto start = reinterpret_cast<uintptr_t>(data);
-  const uintptr_t first = (start + huge - 1) / huge * huge, last = (start + bytes) / huge * huge;
-  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // if it can
-#endif
-}
-
-inline Tensor in_huge_pages(Tensor t) {
-  in_huge_pages(t.mutable_data_ptr(), t.numel() * t.element_size());
-  return t;
-}
-
-// torch's `new_empty` and `empty_like`, in huge pages.
-template <class... Type>
-Tensor fresh(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef sizes, Type... type) {
-  return in_huge_pages(torch::stable::new_empty(like, sizes, type...));
-}
-
-inline Tensor fresh(const Tensor& like) { return in_huge_pages(torch::stable::empty_like(like)); }
-
-inline Tensor fresh_like(const Tensor& dense) {
+// A tensor of these strides, which leave no gaps. A large one's memory comes from the pool, where torch can
+// be told what becomes of it afterwards, which is since 2.11.
+inline Tensor fresh_strided(torch::headeronly::IntHeaderOnlyArrayRef sizes, const int64_t* strides,
+                            ScalarType type) {
+  const int32_t code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
+  const int32_t device = aoti_torch_device_type_cpu();
+  size_t bytes = aoti_torch_dtype_element_size(code);
+  for (const int64_t size : sizes) bytes *= size;
   AtenTensorHandle made;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      dense.dim(), dense.sizes().data(), dense.strides().data(),
-      torch::stable::detail::to<int32_t>(torch::stable::detail::from(dense.scalar_type())),
-      aoti_torch_device_type_cpu(), 0, &made));
-  return in_huge_pages(Tensor(made));
+  if (bytes < Pool::LEAST || !torch_from_blob) {
+    STABLE_TORCH_ERROR_CODE_CHECK(
+        aoti_torch_empty_strided(sizes.size(), sizes.data(), strides, code, device, 0, &made));
+    return Tensor(made);
+  }
+  size_t block = Pool::block_size(bytes);
+  void* data = pool().take(&block);
+  STD_TORCH_CHECK(data, "no memory for a result of ", bytes, " bytes");
+  const auto give = [](void* memory, void* size) { pool().give(memory, reinterpret_cast<size_t>(size)); };
+  const AOTITorchError error =
+      torch_from_blob(data, sizes.size(), sizes.data(), strides, 0, code, device, -1, &made,
+                      aoti_torch_layout_strided(), nullptr, 0, give, reinterpret_cast<void*>(block));
+  if (error) pool().give(data, block);
+  STABLE_TORCH_ERROR_CODE_CHECK(error);
+  return Tensor(made);
+}
+
+// torch's `new_empty` and `empty_like`, with large ones from the pool.
+inline Tensor fresh(const Tensor&, torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType type) {
+  std::vector<int64_t> strides(sizes.size(), 1);
+  for (size_t i = sizes.size(); i-- > 1;) strides[i - 1] = strides[i] * std::max<int64_t>(sizes[i], 1);
+  return fresh_strided(sizes, strides.data(), type);
+}
+
+inline Tensor fresh(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef sizes) {
+  return fresh(like, sizes, like.scalar_type());
+}
+
+// Whether each place in memory up to the last is one element's, in whatever order.
+inline bool without_gaps(const Tensor& t) {
+  int64_t next = 1, left = t.numel();
+  for (int64_t found = 1; found && next < left;) {
+    found = 0;
+    for (int64_t d = 0; d < t.dim() && !found; ++d)
+      if (t.size(d) > 1 && t.stride(d) == next) found = t.size(d);
+    next *= std::max<int64_t>(found, 1);
+  }
+  return next >= left;
+}
+
+inline Tensor fresh(const Tensor& like) {
+  if (!like.is_contiguous() && !without_gaps(like)) return torch::stable::empty_like(like);
+  return fresh_strided(like.sizes(), like.strides().data(), like.scalar_type());
 }
 
 // Calls op.operator()<T>() with the type of a tensor that is known to be of float64 or float32.

@@ -95,7 +95,7 @@ std::tuple<Tensor, Tensor> delta_linear_step(const Tensor& x, const Tensor& x_re
                   "delta_linear_step: shapes that don't fit together");
   if (quantum) quantum = dense(*quantum);
   const Tensor sums = dense(acc), ref = dense(x_ref);
-  Tensor new_acc = fresh_like(sums), new_ref = fresh_like(ref);
+  Tensor new_acc = fresh(sums), new_ref = fresh(ref);
   if (type == ScalarType::Double)
     step<double>(dense(x), ref, sums, dense(weight_t), quantum, threshold, new_acc, new_ref);
   else if (type == ScalarType::Float)

@@ -15,6 +15,10 @@ constexpr int64_t TILE = 512;       // elements that stay in L1
 constexpr int64_t BLOCK = 16384;    // elements of a task
 constexpr int64_t MOST_PARTS = 64;  // stretches of rows whose gradients are summed by themselves
 
+inline Tensor fresh_result(const Tensor& x, const Tensor& p) {  // as `empty_result`
+  return p.dim() ? fresh(x, x.sizes()) : fresh(x);
+}
+
 template <class A, class T>
 TZ_INLINE const A* widened(const T* from, int64_t n, A* buffer) {
   if constexpr (std::is_same_v<A, T>) return from;
@@ -135,7 +139,7 @@ void for_stretches(int64_t size, int64_t features, const Run& run) {
 template <class Make>
 Tensor elementwise(const char* op, const Tensor& x, const Tensor& p, const Make& make) {
   check_parameter(op, x, p);
-  Tensor y = in_huge_pages(empty_result(x, p));
+  Tensor y = fresh_result(x, p);
   const Tensor in = in_order_of(x, y);
   const int64_t size = x.numel();
   for_type(op, x, [&](auto zero) {
@@ -193,7 +197,7 @@ std::tuple<Tensor, Tensor> elementwise_backward(const char* op, const Tensor& gr
                                                 const Tensor& p, const Make& make) {
   check_parameter(op, x, p);
   check_gradient(op, grad, x);
-  Tensor dx = in_huge_pages(empty_result(x, p)), dp = fresh(p);
+  Tensor dx = fresh_result(x, p), dp = fresh(p);
   const Tensor in = in_order_of(x, dx), g = in_order_of(grad, dx);
   for_type(op, x, [&](auto zero) {
     using T = decltype(zero);

@@ -111,7 +111,7 @@ std::tuple<Tensor, Tensor, Tensor> mexican_hats_backward(const Tensor& grad, con
   basis::check_hats("mexican_hats_backward", x, shift, rate);
   basis::check_features("mexican_hats_backward", grad, x, count);
   const Tensor above = dense(grad), in = dense(x), shifts = dense(shift), rates = dense(rate);
-  Tensor dx = fresh_like(in), dshift = fresh_like(shifts), drate = fresh_like(rates);
+  Tensor dx = fresh(in), dshift = fresh(shifts), drate = fresh(rates);
   basis::for_inputs("mexican_hats_backward", x, [&](auto zero) {
     using A = decltype(zero);
     const A *g = above.const_data_ptr<A>(), *from = in.const_data_ptr<A>();

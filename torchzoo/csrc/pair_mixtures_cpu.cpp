@@ -303,7 +303,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> pair_mixtures_backward(
   const int64_t* at = places.const_data_ptr<int64_t>();
   STD_TORCH_CHECK(std::all_of(at, at + 2 * s.rows, [&](int64_t i) { return i >= 0 && i < s.inputs; }),
                   "pair_mixtures_backward: places outside the inputs");
-  Tensor dx = fresh_like(x), dlow = fresh_like(low), dhigh = fresh_like(high), dweight = fresh_like(weight);
+  Tensor dx = fresh(x), dlow = fresh(low), dhigh = fresh(high), dweight = fresh(weight);
   with_type(x, [&]<class T>() {
     const Problem<T> p = problem<T>(s, x, low, high, weight);
     const Gradients<T> g{grad.const_data_ptr<T>(), grad_ends.const_data_ptr<T>(), at,

@@ -20,6 +20,7 @@ from torchzoo.ops.grouped_mm import grouped_mm
 from torchzoo.ops.hyper_condition import hyper_condition
 from torchzoo.ops.hyrelu import hyrelu
 from torchzoo.ops.knn import knn
+from torchzoo.ops.library import release_memory
 from torchzoo.ops.log_einsum_exp import log_einsum_exp, log_einsum_exp2
 from torchzoo.ops.log_max_sum import log_max_sum
 from torchzoo.ops.lti_scan import lti_scan
@@ -93,6 +94,7 @@ __all__ = [
     "rans_decode",
     "rans_encode",
     "rasterize",
+    "release_memory",
     "s3im_groups",
     "scaled_softmax",
     "sh_to_rgb",

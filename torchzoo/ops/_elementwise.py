@@ -53,7 +53,7 @@ def differentiate_formula(x: Tensor | None = None) -> bool:
 
     Compilers fuse the formula; forward mode and the gradients of `torch.func` need it. On a CPU,
     though, new memory for a large result is dearer than the pass that fusing saves, and the
-    operator gets it in huge pages, which a compiler doesn't.
+    operator keeps it from one call to the next, which a compiler doesn't.
     """
     if torch.compiler.is_compiling():
         small = x is None or x.device.type != "cpu" or x.numel() < LARGE

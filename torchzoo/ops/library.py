@@ -190,6 +190,29 @@ def instruction_set(path: Path) -> str:
     return found.decode()
 
 
+def release_memory() -> int:
+    """Give back the memory that the CPU kernels keep of large results for the next ones.
+
+    Results of 4 MiB or more are freed into a store of at most 512 MiB, as memory from the system
+    costs about as much to write to for the first time as a pass over it takes. Their storage can't
+    be resized.
+
+    Returns:
+        How many bytes were given back.
+
+    Example:
+        >>> _ = release_memory()
+        >>> release_memory()
+        0
+    """
+    library = load()["cpu"]
+    if not library.loaded:
+        return 0
+    release = ctypes.CDLL(str(library.path)).torchzoo_release_memory
+    release.restype = ctypes.c_uint64
+    return int(release())
+
+
 def backend(op: str, device: str = "cpu") -> tuple[str, str]:
     """Whether an operator runs `"native"` or on its `"reference"`, and why."""
     library = load()[device]
