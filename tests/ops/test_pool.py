@@ -1,4 +1,4 @@
-"""Memory of large results: what of it is kept, for whom, and what else can be done with a result."""
+"""Memory of large results: what of it is kept, for whom, and what can be done with a result."""
 
 import copy
 import io
