@@ -4,9 +4,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses import FakeTensorMode
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 
-from torchzoo.ops import delta_linear, delta_linear_step, delta_scan
+from torchzoo.ops import delta_linear, delta_linear_step, delta_scan, library
 from torchzoo.ops.delta_linear import reference
 from torchzoo.sparsity import DeltaMeter
 
@@ -387,6 +388,68 @@ def test_bad_input(change, message):
     arguments = dict(zip(names, problem((2,), 5, 4, torch.float32), strict=True)) | change
     with pytest.raises(ValueError, match=message):
         delta_linear_step(**arguments)
+
+
+PLAIN = torch.ops.torchzoo.delta_linear_step_plain.default
+no_kernel = pytest.mark.skipif(
+    library.backend("delta_linear_step_plain")[0] != "native", reason="the step has no kernel"
+)
+
+
+@no_kernel
+@pytest.mark.parametrize("dtype", [torch.float32, DOUBLE])
+@pytest.mark.parametrize("batch", [(), (3,), (2, 2), (0,)])
+def test_the_plain_step_is_the_step(batch, dtype):
+    tensors = problem(batch, 6, 4, dtype)
+    expected = OP(*tensors, None, 0.3)
+    assert all(map(torch.equal, PLAIN(*tensors, None, 0.3), expected))
+    assert all(map(torch.equal, delta_linear_step(*tensors, threshold=0.3), expected))
+
+
+@no_kernel
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"x_ref": torch.ones(1, 2, 5)},
+        {"x_ref": torch.ones(10).as_strided((5, 2), (2, 1))},
+        {"acc": torch.ones(1, 2, 4)},
+        {"acc": torch.ones(4, 2)},
+        {"acc": torch.ones(2, 4).double()},
+        {"x": torch.ones(2, 5).double()},
+        {"x": torch.ones(())},
+        {"weight_t": torch.ones(5, 2, 2)},
+        {"weight_t": torch.ones(5, 4).double()},
+        {"weight_t": torch.ones(5, 4, device="meta")},
+        {"threshold": -0.1},
+        {"threshold": float("nan")},
+    ],
+)
+def test_the_plain_step_refuses_what_does_not_fit(change):
+    names = ("x", "x_ref", "acc", "weight_t")
+    given = dict(zip(names, problem((2,), 5, 4, torch.float32), strict=True))
+    PLAIN(**given, quantum=None, threshold=0.0)
+    with pytest.raises(RuntimeError):
+        PLAIN(**({**given, "quantum": None, "threshold": 0.0} | change))
+
+
+def test_only_a_step_that_learns_is_recorded():
+    x, x_ref, acc, weight_t = problem()
+    weight = torch.nn.Parameter(weight_t)
+    with torch.no_grad():
+        found = delta_linear_step(x, x_ref, acc, weight)
+    assert not any(t.requires_grad for t in found)
+    learned = delta_linear_step(x, x_ref, acc, weight)
+    assert learned[0].requires_grad
+    assert all(map(torch.equal, found, learned))
+
+
+def test_fake_tensors():
+    with FakeTensorMode():
+        x, acc, weight_t = torch.empty(2, 5), torch.empty(2, 4), torch.empty(5, 4)
+        new_acc, new_ref = delta_linear_step(x, x, acc, weight_t)
+        assert (new_acc.shape, new_ref.shape) == ((2, 4), (2, 5))
+        with pytest.raises(ValueError, match="acc: expected shape"):
+            delta_linear_step(x, x, x, weight_t)
 
 
 def test_bad_sequences():

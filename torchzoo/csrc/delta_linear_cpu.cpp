@@ -5,6 +5,7 @@
 // written once for ROWS rows. Traffic: the changed rows, once. The order of additions is that of the
 // inputs, whatever the number of threads.
 #include "delta_encode.h"
+#include "delta_linear_tensors.h"
 #include "rows.h"
 
 namespace torchzoo {
@@ -82,26 +83,13 @@ void step(const Tensor& x, const Tensor& x_ref, const Tensor& acc, const Tensor&
 std::tuple<Tensor, Tensor> delta_linear_step(const Tensor& x, const Tensor& x_ref, const Tensor& acc,
                                              const Tensor& weight_t, std::optional<Tensor> quantum,
                                              double threshold) {
-  const ScalarType type = acc.scalar_type(), held = weight_t.scalar_type();
-  STD_TORCH_CHECK(type == x.scalar_type() && type == x_ref.scalar_type() &&
-                      (!quantum || quantum->scalar_type() == type),
-                  "delta_linear_step: x, x_ref, acc and quantum must have one type");
-  STD_TORCH_CHECK(held == type || held == ScalarType::BFloat16 || held == ScalarType::Half,
-                  "delta_linear_step: weight_t must have the type of acc or a half one");
-  const int64_t inputs = weight_t.size(0), outputs = weight_t.size(1);
-  STD_TORCH_CHECK(x.numel() == x_ref.numel() && x.size(-1) == inputs && acc.size(-1) == outputs &&
-                      x.numel() * outputs == acc.numel() * inputs &&
-                      (!quantum || quantum->numel() == 1 || quantum->numel() == inputs),
-                  "delta_linear_step: shapes that don't fit together");
+  check_step(x, x_ref, acc, weight_t, quantum, threshold);
   if (quantum) quantum = dense(*quantum);
   const Tensor sums = dense(acc), ref = dense(x_ref);
   Tensor new_acc = fresh(sums), new_ref = fresh(ref);
-  if (type == ScalarType::Double)
-    step<double>(dense(x), ref, sums, dense(weight_t), quantum, threshold, new_acc, new_ref);
-  else if (type == ScalarType::Float)
-    step<float>(dense(x), ref, sums, dense(weight_t), quantum, threshold, new_acc, new_ref);
-  else
-    STD_TORCH_CHECK(false, "delta_linear_step: acc must be float32 or float64");
+  with_type(sums, [&]<class T>() {
+    step<T>(dense(x), ref, sums, dense(weight_t), quantum, threshold, new_acc, new_ref);
+  });
   return {new_acc, new_ref};
 }
 
@@ -109,6 +97,7 @@ std::tuple<Tensor, Tensor> delta_linear_step(const Tensor& x, const Tensor& x_re
 
 STABLE_TORCH_LIBRARY_IMPL(torchzoo, CPU, m) {
   m.impl("delta_linear_step", TORCH_BOX(&delta_linear_step));
+  m.impl("delta_linear_step_plain", TORCH_BOX(&delta_linear_step));
 }
 
 }  // namespace torchzoo

@@ -11,6 +11,7 @@
 // them in L2), x and x_ref once for each tile, and the parts of acc twice. Limit: 2³¹ − 1 blocks.
 #include "cuda.h"
 #include "delta_linear.h"
+#include "delta_linear_tensors.h"
 
 namespace torchzoo {
 namespace {
@@ -179,19 +180,8 @@ std::tuple<Tensor, Tensor> delta_linear_step(const Tensor& x, const Tensor& x_re
                                              const Tensor& acc, const Tensor& weight_t,
                                              std::optional<Tensor> quantum, double threshold) {
   using torch::stable::contiguous;
-  const ScalarType type = acc.scalar_type(), held = weight_t.scalar_type();
-  STD_TORCH_CHECK(type == x.scalar_type() && type == x_ref.scalar_type() &&
-                      (!quantum || quantum->scalar_type() == type),
-                  "delta_linear_step: x, x_ref, acc and quantum must have one type");
-  STD_TORCH_CHECK(held == type || held == ScalarType::BFloat16 || held == ScalarType::Half,
-                  "delta_linear_step: weight_t must have the type of acc or a half one");
+  check_step(x, x_ref, acc, weight_t, quantum, threshold);
   const int64_t inputs = weight_t.size(0), outputs = weight_t.size(1);
-  STD_TORCH_CHECK(x.numel() == x_ref.numel() && x.size(-1) == inputs && acc.size(-1) == outputs &&
-                      x.numel() * outputs == acc.numel() * inputs &&
-                      (!quantum || quantum->numel() == 1 || quantum->numel() == inputs),
-                  "delta_linear_step: shapes that don't fit together");
-  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::Double,
-                  "delta_linear_step: acc must be float32 or float64");
   check_devices("delta_linear_step", {x, x_ref, acc, weight_t, quantum.value_or(x)});
   const DeviceGuard guard(weight_t.get_device_index());
   if (quantum) quantum = contiguous(*quantum);
@@ -200,7 +190,7 @@ std::tuple<Tensor, Tensor> delta_linear_step(const Tensor& x, const Tensor& x_re
   Tensor new_acc = torch::stable::empty_like(dense), new_ref = torch::stable::empty_like(ref);
   const int64_t streams = outputs ? acc.numel() / outputs : inputs ? x.numel() / inputs : 0;
   if (!streams) return {new_acc, new_ref};
-  if (type == ScalarType::Double)
+  if (acc.scalar_type() == ScalarType::Double)
     with_weights<double>(now, ref, quantum, threshold, streams, dense, weight, new_acc, new_ref);
   else
     with_weights<float>(now, ref, quantum, threshold, streams, dense, weight, new_acc, new_ref);
@@ -211,6 +201,7 @@ std::tuple<Tensor, Tensor> delta_linear_step(const Tensor& x, const Tensor& x_re
 
 STABLE_TORCH_LIBRARY_IMPL(torchzoo, CUDA, m) {
   m.impl("delta_linear_step", TORCH_BOX(&delta_linear_step));
+  m.impl("delta_linear_step_plain", TORCH_BOX(&delta_linear_step));
 }
 
 }  // namespace torchzoo

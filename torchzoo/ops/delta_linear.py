@@ -73,18 +73,34 @@ def delta_linear_step(
         >>> acc, x_ref
         (tensor([3., 6.]), tensor([3., 5.]))
     """
-    if not _as_it_is(x, x_ref, acc, weight_t, threshold, quantum):
-        _check(x, weight_t, threshold, quantum)
-        tensors = {"x": x, "x_ref": x_ref, "acc": acc, "weight_t": weight_t}
-        check_state("delta_linear_step", tensors, (*x.shape[:-1], weight_t.shape[1]))
-        dtype = state_dtype(*tensors.values())
-        # `to` costs microseconds even where there is nothing to do
-        x, x_ref, acc = (t if t.dtype == dtype else t.to(dtype) for t in (x, x_ref, acc))
-        if weight_t.dtype != dtype and not is_half(weight_t):
-            weight_t = weight_t.to(dtype)
-        quantum = as_quantum(quantum, x, dtype)
+    # Between two frames other work has pushed all that is needed here out of the caches, and then
+    # what is asked of the tensors, and the way through autograd, take longer than adding the rows
+    # of a sparse step. So the kernel goes first where there are values alone.
+    learns = x.requires_grad or x_ref.requires_grad or acc.requires_grad or weight_t.requires_grad
+    if (
+        quantum is None
+        and not (learns and torch.is_grad_enabled())
+        and not _is_compiling()
+        and not _modes()
+        and _transforms() is None
+        and not forward_mode()
+    ):
+        try:
+            return _plain_op(x, x_ref, acc, weight_t, None, threshold)
+        except RuntimeError:  # there is no kernel, or something to convert, or to refuse below
+            pass
+    _check(x, weight_t, threshold, quantum)
+    tensors = {"x": x, "x_ref": x_ref, "acc": acc, "weight_t": weight_t}
+    check_state("delta_linear_step", tensors, (*x.shape[:-1], weight_t.shape[1]))
+    dtype = state_dtype(*tensors.values())
+    x, x_ref, acc = (t.to(dtype) for t in (x, x_ref, acc))
+    if weight_t.dtype != dtype and not is_half(weight_t):
+        weight_t = weight_t.to(dtype)
     with below_autograd(x, x_ref, acc, weight_t):
-        return _step_op(x, x_ref, acc, weight_t, quantum, float(threshold))
+        found: tuple[Tensor, Tensor] = _step(
+            x, x_ref, acc, weight_t, as_quantum(quantum, x, dtype), float(threshold)
+        )
+        return found
 
 
 def delta_linear(
@@ -231,36 +247,6 @@ def as_quantum(quantum: float | Tensor | None, like: Tensor, dtype: torch.dtype)
     return torch.as_tensor(quantum, dtype=dtype, device=like.device)
 
 
-def _as_it_is(
-    x: Tensor,
-    x_ref: Tensor,
-    acc: Tensor,
-    weight_t: Tensor,
-    threshold: float,
-    quantum: float | Tensor | None,
-) -> bool:
-    """Whether a step on a CPU has nothing to convert or to refuse, in few and cheap questions.
-
-    Between two frames other work has pushed all that is needed here out of the caches, and then
-    the full checks take longer than adding the rows of a sparse step.
-    """
-    single, shape = torch.float32, x.shape
-    if not (x.dtype is single and x_ref.dtype is single):
-        return False
-    if not (acc.dtype is single and weight_t.dtype is single and weight_t.ndim == 2):
-        return False
-    inputs, outputs = weight_t.shape
-    return (
-        quantum is None
-        and threshold >= 0
-        and shape == x_ref.shape
-        and shape[-1:] == (inputs,)
-        and acc.shape == (*shape[:-1], outputs)
-        and (x.is_cpu and x_ref.is_cpu and acc.is_cpu and weight_t.is_cpu)
-        and not forward_mode()
-    )
-
-
 def _check(x: Tensor, weight_t: Tensor, threshold: float, quantum: float | Tensor | None) -> None:
     if weight_t.ndim != 2:
         raise ValueError(f"weight_t: expected shape (I, O), got {tuple(weight_t.shape)}")
@@ -360,7 +346,19 @@ def _backward(ctx: Any, grad_acc: Tensor, grad_ref: Tensor) -> tuple[Tensor | No
     return grad_x, grad_xref, grad_acc, grad_weight, None, None
 
 
-_step_op = torch.ops.torchzoo.delta_linear_step  # its call is shorter than that of its overload
+# The same kernel out of autograd's sight. It refuses what it would have to convert.
+torch.library.define(
+    "torchzoo::delta_linear_step_plain",
+    "(Tensor x, Tensor x_ref, Tensor acc, Tensor weight_t, Tensor? quantum, float threshold)"
+    " -> (Tensor, Tensor)",
+)
+# each look-up of a name, and each call in Python, is a few more misses
+_plain_op = torch.ops.torchzoo.delta_linear_step_plain.default._op
+_is_compiling = torch.compiler.is_compiling
+_modes = torch._C._len_torch_dispatch_stack
+_transforms = torch._C._functorch.peek_interpreter_stack
+
+
 _step.register_autograd(_backward, setup_context=_setup)
 
 
