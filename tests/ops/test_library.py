@@ -30,7 +30,8 @@ def small(tmp_path, monkeypatch):
     """A library of one trivial kernel in a folder of its own, so that a build takes seconds."""
     sources = tmp_path / "csrc"
     sources.mkdir()
-    shutil.copy(library.SOURCES / "cpu.h", sources)
+    for header in ("cpu.h", "pool.h"):
+        shutil.copy(library.SOURCES / header, sources)
     (sources / "probe_cpu.cpp").write_text(SOURCE)
     monkeypatch.setattr(library, "SOURCES", sources)
     monkeypatch.setattr(library, "SHIPPED", tmp_path / "lib")

@@ -85,7 +85,9 @@ inline Tensor fresh_strided(torch::headeronly::IntHeaderOnlyArrayRef sizes, cons
   if (bytes < Pool::LEAST || !torch_from_blob) {
     STABLE_TORCH_ERROR_CODE_CHECK(
         aoti_torch_empty_strided(sizes.size(), sizes.data(), strides, code, device, 0, &made));
-    return Tensor(made);
+    const Tensor result(made);
+    if (bytes >= Pool::LEAST) in_huge_pages(result.mutable_data_ptr(), bytes);
+    return result;
   }
   size_t block = Pool::block_size(bytes);
   void* data = pool().take(&block);
