@@ -1,5 +1,7 @@
 """The fused experts against one slot at a time, and what torch asks of an operator."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -152,6 +154,30 @@ def test_extreme_gates(value, dtype):
     torch.testing.assert_close(y, plain, equal_nan=True, rtol=1e-6, atol=1e-30)
     found, expected = (torch.autograd.grad(out.sum(), x)[0] for out in (y, plain))
     torch.testing.assert_close(found, expected, equal_nan=True, rtol=2e-6, atol=1e-30)
+
+
+@pytest.mark.parametrize("activation", ["swiglu", "relu"])
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+def test_long_groups_equal_products_of_matrices(activation, dtype):
+    """Groups and features that take several blocks of the kernel's products."""
+    inputs = problem(
+        [205, 0, 17, 101], tokens=90, dim=261, hidden=273, activation=activation, dtype=dtype
+    )
+    doubles = [t.detach().double().requires_grad_() if t.is_floating_point() else t for t in inputs]
+    x, w_in, w_out, offsets, src, weights = doubles
+    expected = 0 * x
+    for e, (start, end) in enumerate(pairwise([0, *offsets.tolist()])):
+        h = x[src[start:end]] @ w_in[e]
+        gate, up = h.chunk(2, 1) if activation == "swiglu" else (h, None)
+        a = gate.relu() if up is None else gate * gate.sigmoid() * up
+        rows = weights[start:end, None] * (a @ w_out[e])
+        expected = expected.index_add(0, src[start:end], rows)
+    y = grouped_ffn(*inputs, activation=activation)
+    upstream = torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=y.dtype)
+    found = torch.autograd.grad(y, floats(inputs), upstream)
+    wanted = torch.autograd.grad(expected, floats(doubles), upstream.double())
+    for f, w in zip((y, *found), (expected, *wanted), strict=True):
+        assert (f - w).abs().max() < TOLERANCE[dtype] * w.abs().max()
 
 
 @pytest.mark.skipif(library.backend("grouped_ffn")[0] != "native", reason="no kernel")

@@ -129,6 +129,26 @@ inline Tensor fresh(const Tensor& like) {
   return fresh_strided(like.sizes(), like.strides().data(), like.scalar_type());
 }
 
+// Memory for a kernel's own use; where it is large, it is the pool's.
+template <class T>
+class Workspace {
+ public:
+  explicit Workspace(int64_t count) : size_(std::max<int64_t>(count, 1) * sizeof(T)), pooled_(size_ >= Pool::LEAST) {
+    if (pooled_) size_ = Pool::block_size(size_);
+    data_ = pooled_ ? pool().take(&size_) : std::malloc(size_);
+    STD_TORCH_CHECK(data_, "no memory for ", size_, " bytes of workspace");
+  }
+  Workspace(const Workspace&) = delete;
+  Workspace& operator=(const Workspace&) = delete;
+  ~Workspace() { pooled_ ? pool().give(data_, size_) : std::free(data_); }
+  T* get() const { return static_cast<T*>(data_); }
+
+ private:
+  size_t size_;
+  bool pooled_;
+  void* data_;
+};
+
 // Calls op.operator()<T>() with the type of a tensor that is known to be of float64 or float32.
 template <class Op>
 void with_type(const Tensor& tensor, const Op& op) {

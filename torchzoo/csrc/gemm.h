@@ -2,7 +2,8 @@
 // among threads. Half precision is widened on packing, so sums are float32 (float64 for float64).
 //
 // Three ways, chosen by shape, all with the same tile of MR rows and two vectors of columns:
-// - packed: a block of A (MC×KC) is copied to stay in L2, panels of B (KC×NR) to stay in L1;
+// - packed: panels of B (KC×NR) are copied to stay in L1; a block of A (MC×KC), which stays in L2, is copied
+//   where its rows are not contiguous;
 // - direct: few rows or a short inner dimension, where copying would cost as much as the product:
 //   B streams past in rows, DEPTH of them at a time;
 // - dots: few rows and B contiguous along the inner dimension.
@@ -11,9 +12,12 @@
 
 #include "cpu.h"
 
+#include <functional>
 #include <type_traits>
 
 namespace torchzoo {
+
+using Done = std::function<void(int64_t first, int64_t rows)>;  // these rows of C are complete, and in cache
 
 constexpr int64_t KC = 256;    // inner dimension of a packed block
 constexpr int64_t MC = 96;     // its rows, a multiple of MR
@@ -128,6 +132,7 @@ TZ_INLINE void micro(Matrix<Acc> a, const Acc* __restrict b, int64_t b_row, int6
   using T = Tile<bytes, Acc>;
   using Vec = typename T::Vec;
   using Loose = typename T::Loose;
+  for (int64_t r = 0; r < rows; ++r) __builtin_prefetch(c + std::min(r, height - 1) * ldc, 1);
   Vec s[rows][2] = {};
   const Acc* x = a.data;
   for (int64_t k = 0; k < kc; ++k, x += a.col, b += b_row) {
@@ -163,21 +168,27 @@ inline int64_t gemm_scratch(int64_t nc) { return KC * (nc + 64) + KC * MC; }
 
 template <int bytes, class T, class Acc>
 TZ_INLINE void gemm_packed(Matrix<T> a, Matrix<T> b, Acc* c, int64_t ldc, int64_t m, int64_t n,
-                           int64_t k, Acc* scratch) {
+                           int64_t k, Acc* scratch, const Done& done) {
   constexpr int64_t nr = Tile<bytes, Acc>::nr;
   Acc* packed_b = scratch;
   Acc* packed_a = scratch + KC * ((n + nr - 1) / nr * nr);
+  const bool in_place = std::is_same_v<T, Acc> && a.col == 1;
   for (int64_t k0 = 0; k0 < k; k0 += KC) {
     const int64_t kc = std::min(KC, k - k0);
     pack_b<bytes>(b.from(k0, 0), kc, n, packed_b);
     for (int64_t i0 = 0; i0 < m; i0 += MC) {
-      const int64_t mc = std::min(MC, m - i0);
-      pack_a<bytes>(a.from(i0, k0), mc, kc, packed_a);
+      const int64_t mc = std::min(MC, m - i0), direct = in_place ? mc / MR * MR : 0;  // rows that are not copied
+      pack_a<bytes>(a.from(i0 + direct, k0), mc - direct, kc, packed_a);
+      const auto tile = [&](int64_t i) -> Matrix<Acc> {
+        if constexpr (std::is_same_v<T, Acc>)
+          if (i < direct) return a.from(i0 + i, k0);
+        return {packed_a + (i - direct) * KC, KC, 1};
+      };
       for (int64_t j = 0; j < n; j += nr)
         for (int64_t i = 0; i < mc; i += MR)
-          micro<bytes, MR>(Matrix<Acc>{packed_a + i * KC, KC, 1}, packed_b + j * kc, nr, kc,
-                           c + (i0 + i) * ldc + j, ldc, std::min(MR, mc - i), std::min(nr, n - j),
-                           k0 == 0);
+          micro<bytes, MR>(tile(i), packed_b + j * kc, nr, kc, c + (i0 + i) * ldc + j, ldc,
+                           std::min(MR, mc - i), std::min(nr, n - j), k0 == 0);
+      if (done && k0 + kc == k) done(i0, mc);
     }
   }
 }
@@ -267,17 +278,23 @@ TZ_INLINE void gemm_dots(Matrix<Acc> a, Matrix<Acc> b, Acc* c, int64_t ldc, int6
     }
 }
 
-// C(m, n) = A(m, k)·B(k, n), C row-major with leading dimension ldc, k >= 1.
+// C(m, n) = A(m, k)·B(k, n), C row-major with leading dimension ldc, k >= 1. `done` is called for all rows in
+// turn, some at a time.
 template <int bytes, class T, class Acc>
 TZ_INLINE void gemm_body(Matrix<T> a, Matrix<T> b, Acc* c, int64_t ldc, int64_t m, int64_t n,
-                         int64_t k, Acc* scratch) {
+                         int64_t k, Acc* scratch, const Done& done = {}) {
   if constexpr (std::is_same_v<T, Acc>) {
-    if (b.col == 1 && (m <= SHORT || k <= SHORT))
-      return gemm_direct<bytes>(a, b, c, ldc, m, n, k, scratch);
-    if (b.row == 1 && a.col == 1 && m <= SHORT)
-      return gemm_dots<bytes>(a, b, c, ldc, m, n, k);
+    const bool direct = b.col == 1 && (m <= SHORT || k <= SHORT);
+    if (direct || (b.row == 1 && a.col == 1 && m <= SHORT)) {
+      if (direct)
+        gemm_direct<bytes>(a, b, c, ldc, m, n, k, scratch);
+      else
+        gemm_dots<bytes>(a, b, c, ldc, m, n, k);
+      if (done) done(0, m);
+      return;
+    }
   }
-  gemm_packed<bytes>(a, b, c, ldc, m, n, k, scratch);
+  gemm_packed<bytes>(a, b, c, ldc, m, n, k, scratch, done);
 }
 TZ_ISA(gemm, gemm_body)
 

@@ -11,11 +11,13 @@
 #include "gemm.h"
 #include "groups.h"
 
+#include <atomic>
 #include <memory>
 
 namespace torchzoo {
 namespace {
 
+constexpr int64_t PIECES = 2;  // strips of a product for each thread
 constexpr int64_t LANES = 16;  // partial sums of a dot product, the same for every instruction set
 
 template <class T>
@@ -42,11 +44,13 @@ struct Block {
   Vec part[count];
   static inline __attribute__((always_inline)) Block load(const T* from, int64_t n) {
     Block b = {};
-    std::memcpy(b.part, from, n == LANES ? sizeof(b.part) : n * sizeof(T));
+    if (n == LANES) std::memcpy(b.part, from, sizeof(b.part));  // of a size the compiler knows
+    else std::memcpy(b.part, from, n * sizeof(T));
     return b;
   }
   inline __attribute__((always_inline)) void store(T* to, int64_t n) const {
-    std::memcpy(to, part, n == LANES ? sizeof(part) : n * sizeof(T));
+    if (n == LANES) std::memcpy(to, part, sizeof(part));
+    else std::memcpy(to, part, n * sizeof(T));
   }
 };
 
@@ -80,10 +84,11 @@ TZ_INLINE void activate_body(const T* h, int64_t width, int64_t up, int64_t m, i
 }
 TZ_ISA(activate, activate_body)
 
-// a(m, n) holds da and becomes weight · act; dh = weight · da · act'; dots = <da, act> of each row.
+// a(m, n) holds da and becomes weight · act; dh = weight · da · act'; dots = <da, act> of each row and NARROW
+// columns, `most` rows apart.
 template <int bytes, class T>
 TZ_INLINE void activate_back_body(const T* h, int64_t width, int64_t up, int64_t m, int64_t n, T* a,
-                                  int64_t lda, T* dh, const T* weights, T* dots) {
+                                  int64_t lda, T* dh, const T* weights, T* dots, int64_t most) {
   using B = Block<bytes, T>;
   using Vec = typename B::Vec;
   for (int64_t i = 0; i < m; ++i, h += width, dh += width, a += lda) {
@@ -112,17 +117,40 @@ TZ_INLINE void activate_back_body(const T* h, int64_t width, int64_t up, int64_t
       gate.store(dh + j, count);
       if (up) lifted.store(dh + up + j, count);
       act.store(a + j, count);
+      if ((j + LANES) % NARROW && j + LANES < n) continue;
+      T& dot = dots[j / NARROW * most + i];
+      dot = 0;
+      for (int64_t l = 0; l < LANES; ++l) dot += sums.part[l / B::lanes][l % B::lanes];
+      sums = {};
     }
-    dots[i] = 0;
-    for (int64_t l = 0; l < LANES; ++l) dots[i] += sums.part[l / B::lanes][l % B::lanes];
   }
 }
 TZ_ISA(activate_back, activate_back_body)
+
+template <int bytes, class T>
+TZ_INLINE void flip_body(const T* in, int64_t ldi, int64_t m, int64_t n, T* out, int64_t ldo) {
+  transpose<bytes>(in, ldi, m, n, out, ldo);
+}
+TZ_ISA(flip, flip_body)
 
 template <class T>
 void gather(const T* rows, const int64_t* src, int64_t count, int64_t dim, T* out) {
   parallel_for(0, count, 64, [&](int64_t begin, int64_t end) {
     for (int64_t n = begin; n < end; ++n) std::copy_n(rows + src[n] * dim, dim, out + n * dim);
+  });
+}
+
+// Rows become columns: out(dim, count), whose own rows are `most` apart.
+template <class T>
+void gather_across(const T* rows, const int64_t* src, int64_t count, int64_t dim, T* out, int64_t most) {
+  parallel_for(0, (count + NARROW - 1) / NARROW, 1, [&](int64_t begin, int64_t end) {
+    T square[NARROW * NARROW];
+    for (int64_t n = begin * NARROW; n < std::min(end * NARROW, count); n += NARROW)
+      for (int64_t j = 0; j < dim; j += NARROW) {
+        const int64_t high = std::min(NARROW, count - n), wide = std::min(NARROW, dim - j);
+        for (int64_t i = 0; i < high; ++i) std::copy_n(rows + src[n + i] * dim + j, wide, square + i * NARROW);
+        flip(static_cast<const T*>(square), NARROW, high, wide, out + j * most + n, most);
+      }
   });
 }
 
@@ -142,25 +170,23 @@ struct Strip {
   int64_t first, columns;
 };
 
-// The strips of one expert's products, each (columns of the result, cost of a column), all at once: as
-// wide as gives each thread one of each product, or two where several products can be shared out.
+// Runs the strips of one expert's products, each of so many columns and the dearest first. Whichever thread is
+// free takes the next: two cores are seldom equally fast.
 template <class T, class Run>
-void for_products(const std::vector<std::pair<int64_t, double>>& products, const Run& run) {
+void for_products(std::initializer_list<int64_t> products, const Run& run) {
   std::vector<Strip> strips;
-  std::vector<double> cost(1, 0.0);
-  const int64_t pieces = torch::stable::get_num_threads() * (products.size() > 1 ? 2 : 1);
-  for (size_t p = 0; p < products.size(); ++p) {
-    const auto [n, price] = products[p];
-    const int64_t share = (n + pieces * NARROW - 1) / (pieces * NARROW) * NARROW;
-    const int64_t width = std::min(STRIP, std::max(NARROW, share));
-    for (int64_t j = 0; j < n; j += width) {
-      strips.push_back({static_cast<int>(p), j, std::min(width, n - j)});
-      cost.push_back(cost.back() + price * static_cast<double>(strips.back().columns));
-    }
+  const int64_t threads = torch::stable::get_num_threads(), pieces = PIECES * threads;
+  int product = 0;
+  for (const int64_t n : products) {
+    const int64_t width = std::clamp((n + pieces * NARROW - 1) / (pieces * NARROW) * NARROW, NARROW, STRIP);
+    for (int64_t j = 0; j < n; j += width) strips.push_back({product, j, std::min(width, n - j)});
+    ++product;
   }
-  for_runs(cost, [&](int64_t first, int64_t last) {
+  std::atomic<size_t> next{0};
+  parallel_for(0, std::min<int64_t>(threads, strips.size()), 1, [&](int64_t begin, int64_t end) {
     const std::unique_ptr<T[]> scratch(new T[gemm_scratch(STRIP)]);
-    for (int64_t s = first; s < last; ++s) run(strips[s], scratch.get());
+    for (int64_t worker = begin; worker < end; ++worker)
+      for (size_t s; (s = next++) < strips.size();) run(strips[s], scratch.get());
   });
 }
 
@@ -174,24 +200,30 @@ template <class T>
 void forward(const Layer<T>& layer, const Ends& ends, T* y, T* h) {
   const auto [dim, hidden, width] = std::tuple(layer.dim, layer.hidden, layer.width);
   const int64_t most = longest(ends), up = width - hidden;
-  const std::unique_ptr<T[]> rows(new T[most * dim]), act(new T[most * hidden]);
+  const Workspace<T> memory(most * (dim + hidden));
+  T *rows = memory.get(), *act = rows + most * dim;
   for (size_t e = 0; e + 1 < ends.at.size(); ++e) {
     const int64_t start = ends.at[e], m = ends.rows(e);
     if (!m) continue;
     const int64_t* src = layer.src + start;
-    gather(layer.x, src, m, dim, rows.get());
-    for_products<T>({{hidden, 1.0}}, [&](const Strip& strip, T* scratch) {
-      T* out = h + start * width + strip.first;
-      for (int64_t part = 0; part <= up; part += hidden)
-        gemm(Matrix<T>{rows.get(), dim, 1}, layer.in(e).from(0, part + strip.first), out + part, width, m,
-             strip.columns, dim, scratch);
-      activate(static_cast<const T*>(out), width, up, m, strip.columns, act.get() + strip.first, hidden);
+    const Matrix<T> inputs{rows, dim, 1}, acts{act, hidden, 1};
+    gather(layer.x, src, m, dim, rows);
+    for_products<T>({hidden}, [&](const Strip& strip, T* scratch) {
+      const auto [_, j, columns] = strip;
+      T* out = h + start * width + j;
+      const Done activated = [&](int64_t i, int64_t count) {
+        activate<const T*>(out + i * width, width, up, count, columns, act + i * hidden + j, hidden);
+      };
+      if (up) gemm(inputs, layer.in(e).from(0, up + j), out + up, width, m, columns, dim, scratch, Done());
+      gemm(inputs, layer.in(e).from(0, j), out, width, m, columns, dim, scratch, activated);
     });
-    for_products<T>({{dim, 1.0}}, [&](const Strip& strip, T* scratch) {
-      T* out = rows.get() + strip.first;  // the inputs are not needed any more
-      gemm(Matrix<T>{act.get(), hidden, 1}, layer.out(e).from(0, strip.first), out, dim, m, strip.columns,
-           hidden, scratch);
-      scatter(out, src, layer.weights + start, m, dim, strip.columns, y + strip.first);
+    for_products<T>({dim}, [&](const Strip& strip, T* scratch) {
+      const auto [_, j, columns] = strip;
+      T* out = rows + j;  // the inputs are not needed any more
+      const Done added = [&](int64_t i, int64_t count) {
+        scatter(out + i * dim, src + i, layer.weights + start + i, count, dim, columns, y + j);
+      };
+      gemm(acts, layer.out(e).from(0, j), out, dim, m, columns, hidden, scratch, added);
     });
   }
 }
@@ -205,8 +237,9 @@ template <class T>
 void backward(const Layer<T>& layer, const Ends& ends, const T* dy, const T* h, const Gradients<T>& to) {
   const auto [dim, hidden, width] = std::tuple(layer.dim, layer.hidden, layer.width);
   const int64_t most = longest(ends), up = width - hidden, blocks = (hidden + NARROW - 1) / NARROW;
-  const std::unique_ptr<T[]> x(new T[most * dim]), g(new T[most * dim]), dx(new T[most * dim]),
-      act(new T[most * hidden]), dh(new T[most * width]), dots(new T[most * blocks]);
+  const Workspace<T> memory(most * (3 * dim + 2 * hidden + width + blocks));
+  T *across = memory.get(), *g = across + most * dim, *dx = g + most * dim, *act = dx + most * dim,
+    *act_across = act + most * hidden, *dh = act_across + most * hidden, *dots = dh + most * width;
   for (size_t e = 0; e + 1 < ends.at.size(); ++e) {
     const int64_t start = ends.at[e], m = ends.rows(e);
     if (!m) {
@@ -216,41 +249,39 @@ void backward(const Layer<T>& layer, const Ends& ends, const T* dy, const T* h, 
     }
     const int64_t* src = layer.src + start;
     const T* weights = layer.weights + start;
-    gather(dy, src, m, dim, g.get());
-    if (to.w_in) gather(layer.x, src, m, dim, x.get());
-    for_products<T>({{hidden, 1.0}}, [&](const Strip& strip, T* scratch) {
-      T* a = act.get() + strip.first;
-      gemm(Matrix<T>{g.get(), dim, 1}, transposed(layer.out(e)).from(0, strip.first), a, hidden, m,
-           strip.columns, dim, scratch);
-      for (int64_t j = 0; j < strip.columns; j += NARROW) {
-        const int64_t column = strip.first + j;
-        T* sums = dots.get() + column / NARROW * most;
-        activate_back(h + start * width + column, width, up, m, std::min(NARROW, strip.columns - j), a + j,
-                      hidden, dh.get() + column, weights, sums);
-      }
+    gather(dy, src, m, dim, g);
+    if (to.w_in) gather_across(layer.x, src, m, dim, across, most);
+    for_products<T>({hidden}, [&](const Strip& strip, T* scratch) {
+      const auto [_, j, columns] = strip;
+      const Done activated = [&](int64_t i, int64_t count) {
+        T* a = act + i * hidden + j;
+        activate_back(h + (start + i) * width + j, width, up, count, columns, a, hidden, dh + i * width + j,
+                      weights + i, dots + j / NARROW * most + i, most);
+        if (to.w_out) flip<const T*>(a, hidden, count, columns, act_across + j * most + i, most);
+      };
+      gemm(Matrix<T>{g, dim, 1}, transposed(layer.out(e)).from(0, j), act + j, hidden, m, columns, dim, scratch,
+           activated);
     });
     for (int64_t n = 0; n < m; ++n) {
       to.weights[start + n] = 0;
       for (int64_t b = 0; b < blocks; ++b) to.weights[start + n] += dots[b * most + n];
     }
-    const double rows = static_cast<double>(m);
     for_products<T>(
-        {{to.w_out ? dim : 0, rows * static_cast<double>(hidden)},
-         {to.w_in ? width : 0, rows * static_cast<double>(dim)},
-         {to.x ? dim : 0, rows * static_cast<double>(width)}},
+        {to.x ? dim : 0, to.w_in ? width : 0, to.w_out ? dim : 0},
         [&](const Strip& strip, T* scratch) {
           const auto [product, j, columns] = strip;
-          if (product == 0) {
-            gemm(Matrix<T>{act.get(), 1, hidden}, Matrix<T>{g.get() + j, dim, 1},
-                 to.w_out + e * hidden * dim + j, dim, hidden, columns, m, scratch);
-          } else if (product == 1) {
-            gemm(Matrix<T>{x.get(), 1, dim}, Matrix<T>{dh.get() + j, width, 1}, to.w_in + e * dim * width + j,
-                 width, dim, columns, m, scratch);
-          } else {
-            gemm(Matrix<T>{dh.get(), width, 1}, transposed(layer.in(e)).from(0, j), dx.get() + j, dim, m,
-                 columns, width, scratch);
-            scatter<T>(dx.get() + j, src, nullptr, m, dim, columns, to.x + j);
-          }
+          const Done added = [&](int64_t i, int64_t count) {
+            scatter<T>(dx + i * dim + j, src + i, nullptr, count, dim, columns, to.x + j);
+          };
+          if (product == 0)
+            gemm(Matrix<T>{dh, width, 1}, transposed(layer.in(e)).from(0, j), dx + j, dim, m, columns, width,
+                 scratch, added);
+          else if (product == 1)
+            gemm(Matrix<T>{across, most, 1}, Matrix<T>{dh + j, width, 1}, to.w_in + e * dim * width + j, width,
+                 dim, columns, m, scratch, Done());
+          else
+            gemm(Matrix<T>{act_across, most, 1}, Matrix<T>{g + j, dim, 1}, to.w_out + e * hidden * dim + j, dim,
+                 hidden, columns, m, scratch, Done());
         });
   }
 }

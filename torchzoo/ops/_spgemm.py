@@ -212,14 +212,17 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     if options:  # the product, which brings the pattern of C itself
         crow, col, _ = output
         ctx.mark_non_differentiable(crow, col)
+        ctx.set_materialize_grads(False)  # else the pattern would get some, of zeros
         pattern = [*pattern, crow, col]
     ctx.save_for_backward(first, second, *pattern)
     ctx.columns = columns
 
 
-def _product_backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+def _product_backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
     a, b, *pattern = ctx.saved_tensors
     needs, grad = ctx.needs_input_grad, grads[-1]
+    if grad is None:
+        return (ctx.no_pattern,) + (None,) * (len(needs) - 1)
     da = grad_a(pattern, b, grad, ctx.columns) if needs[1] else None
     db = grad_b(pattern, a, grad, ctx.columns) if needs[2] else None
     return (ctx.no_pattern, da, db, None) + (None,) * (len(needs) - 4)

@@ -253,10 +253,13 @@ def _(
 
 def _setup(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # else `h` would get one, of zeros
     ctx.save_for_backward(*inputs, output[1])
 
 
-def _backward(ctx: Any, grad: Tensor, _grad_h: Any) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad: Tensor | None, _grad_h: Any) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return (None,) * 6
     *inputs, h = ctx.saved_tensors
     x, w_in, w_out, offsets, src, weights = inputs
     for_x, for_in, for_out, _, _, for_weights = ctx.needs_input_grad

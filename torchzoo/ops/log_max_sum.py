@@ -82,11 +82,16 @@ def _setup(ctx: Any, inputs: tuple[Tensor, Tensor], output: tuple[Tensor, Tensor
     a, log_w = inputs
     values, argmax = output
     ctx.mark_non_differentiable(argmax)
+    ctx.set_materialize_grads(False)
     ctx.shapes = a.shape, log_w.shape
     ctx.save_for_backward(values, argmax)
 
 
-def _backward(ctx: Any, grad: Tensor, _grad_argmax: Any) -> tuple[Tensor, Tensor]:
+def _backward(
+    ctx: Any, grad: Tensor | None, _grad_argmax: Any
+) -> tuple[Tensor | None, Tensor | None]:
+    if grad is None:
+        return None, None
     values, argmax = ctx.saved_tensors
     of_a, of_w = ctx.shapes
     grad = grad.masked_fill(values == -torch.inf, 0)
