@@ -4,22 +4,18 @@ All contenders hold the same weights: swiglu experts behind a top-2 softmax rout
 no capacity. A step is the forward pass and the gradients of the parameters and of the input.
 
 What can be won is bounded by nine products of 8,192 rows, 77.3 GFLOP in float32, which all
-contenders have to do. On a core of an AMD EPYC of 2021 with AVX2 torch.mm reaches 86 to 90 GFLOP/s
-at 2048 x 2048 x 2048: no step takes less than 0.86 to 0.90 seconds of a core. In such seconds, page
+contenders have to do. A core of an AMD EPYC of 2021 with AVX2 does 100 GFLOP/s in registers and 86 to
+90 in torch.mm at 2048 x 2048 x 2048. Seconds of a step on one thread, the fastest of seven, page
 faults included:
 
-    experts                                  8              64
-    floor at that peak                       0.86 to 0.90   0.86 to 0.90
-    the products alone, torch.mm, in place   0.98           0.98
-    torchzoo                                 1.05 to 1.13   1.18
-    loop                                     1.03           1.40
-    torch grouped_mm                         1.14           1.25
+    experts             8       64
+    in registers        0.77    0.77
+    torchzoo            0.99    1.05
+    loop                1.04    1.52
+    torch grouped_mm    1.17    1.32
 
-So a layer at the peak would be 1.14 to 1.20 times as fast as the loop with 8 experts, and 1.4 to
-1.5 times as fast as torch's grouped product with 64: the bars, 1.3 and 2, are out of reach of
-float32 on this processor. With 64 experts the gradients of the weights are 403 MB, which the
-process gets anew in each step: first writes to 4 KiB pages cost 0.25 seconds, and 0.07 in the huge
-pages that grouped_ffn asks for.
+The bars, 1.3 and 2 times the best peer, are then 97 and 117 GFLOP/s for the whole step: one more than
+any product reaches, the other more than the core has.
 """
 
 from __future__ import annotations
