@@ -4,8 +4,8 @@ All contenders hold the same weights: swiglu experts behind a top-2 softmax rout
 no capacity. A step is the forward pass and the gradients of the parameters and of the input.
 
 What can be won is bounded by nine products of 8,192 rows, 77.3 GFLOP in float32, which all
-contenders have to do. A core of an AMD EPYC of 2021 with AVX2 does 100 GFLOP/s in registers and 86 to
-90 in torch.mm at 2048 x 2048 x 2048. Seconds of a step on one thread, the fastest of seven, page
+contenders have to do. A core of an AMD EPYC of 2021 with AVX2 does 100 GFLOP/s in registers and 86
+to 90 in torch.mm at 2048 x 2048 x 2048. Seconds of a step on one thread, the fastest of seven, page
 faults included:
 
     experts             8       64
@@ -14,8 +14,8 @@ faults included:
     loop                1.04    1.52
     torch grouped_mm    1.17    1.32
 
-The bars, 1.3 and 2 times the best peer, are then 97 and 117 GFLOP/s for the whole step: one more than
-any product reaches, the other more than the core has.
+The bars, 1.3 and 2 times the best peer, are then 97 and 117 GFLOP/s for the whole step: the one is
+more than any product reaches, the other more than the core has.
 """
 
 from __future__ import annotations
