@@ -28,6 +28,7 @@ from torchzoo.activations import (
     CRReLU,
     EvoNormB0,
     EvoNormS0,
+    FitAct,
     HybridClippedReLU,
     Ranger,
     sdm_softmax,
@@ -71,6 +72,7 @@ SAMPLE: dict[str, Make] = {
 ACTIVATIONS: dict[str, tuple[Make, dict[str, Make], str]] = {
     "CRReLU": (CRReLU, EXPONENTIAL, "rows"),
     "HyReLU": (lambda: HybridClippedReLU(1.3), EXPONENTIAL, "rows"),
+    "FitAct": (lambda: FitAct([1.3] * SHAPES["rows"][1]), EXPONENTIAL, "rows"),
     "Ranger": (lambda: Ranger(1.3), RELU, "rows"),
     "ClipAct": (lambda: ClipAct(1.3), RELU, "rows"),
     "FATReLU": (lambda: FATReLU(0.01), RELU, "rows"),
