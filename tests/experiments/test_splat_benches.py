@@ -54,10 +54,10 @@ def test_the_peak_is_of_as_many_pairs_as_were_blended(monkeypatch):
     calls = rasterize.compositing(CPU, 2000, 64)
     seen.clear()
     results(calls)
-    (ours, (_, _, ours_last, _)), (_, (_, dense_t, last, _)) = seen
+    (ours, (*_, ours_last, _)), (_, (_, _, dense_t, last, _)) = seen
     assert (last == rasterize.DEEP).all()
     assert dense_t.sub(0.99**rasterize.DEEP).abs().max() < 1e-4  # each splat over every pixel
-    lists = (ours[7], ours[8])
+    lists = (ours[8], ours[9])
     pairs = rasterize._pairs(*ours[:3], lists, 64, ours_last)
     assert pairs == pytest.approx(sum(counted(*ours[:3], lists, ours_last)), abs=2)
     assert last.sum() == pytest.approx(pairs, abs=rasterize.DEEP * rasterize.TILE**2 / 2)

@@ -187,14 +187,15 @@ def test_torch_accepts_the_operators(kernel):
     behind = torch.ones(2, 2, dtype=DOUBLE)
     splats = (means2d, shape, opacities, features[None], beta, behind)
     end = (code, 1.0, 1 / 255, 0.99)
-    image, final_t, last, _ = check(
-        "splat_raster", *splats, None, *lists, 9, 7, 4, *end, 1e-4, False
+    image, alpha, final_t, last, _ = check(
+        "splat_raster", *splats, depths, None, *lists, 9, 7, 4, *end, 1e-4, False
     )
-    slopes = (torch.randn_like(image), torch.randn_like(final_t))
-    check(
-        "splat_raster_backward",
-        *(*splats, *lists, 9, 7, 4, *end, final_t, last, *slopes, True, True),
-    )
+    assert torch.equal(alpha, 1 - final_t)
+    known = (*splats, *lists, 9, 7, 4, *end, final_t, last, torch.randn_like(image))
+    check("splat_raster_backward", *known, torch.randn_like(alpha), True, True)
+    found = check("splat_raster_backward", *known, None, True, True)
+    expected = OPS.splat_raster_backward(*known, torch.zeros_like(alpha), True, True)
+    assert all(map(torch.equal, found, expected))
 
 
 @pytest.mark.parametrize("name", OPERATORS)

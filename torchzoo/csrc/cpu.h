@@ -18,6 +18,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <optional>
 #include <string>
 #include <tuple>
 #include <utility>
@@ -71,6 +72,10 @@ inline Isa isa() {
 // to do.
 inline Tensor dense(const Tensor& t) {
   return t.is_contiguous() ? t : torch::stable::contiguous(t);
+}
+
+inline Tensor dense(const std::optional<Tensor>& t) {
+  return t ? dense(*t) : Tensor();
 }
 
 // A tensor of these strides, which leave no gaps. A large one's memory comes from the pool, where torch can
@@ -133,19 +138,20 @@ inline Tensor fresh(const Tensor& like) {
 template <class T>
 class Workspace {
  public:
-  explicit Workspace(int64_t count) : size_(std::max<int64_t>(count, 1) * sizeof(T)), pooled_(size_ >= Pool::LEAST) {
-    if (pooled_) size_ = Pool::block_size(size_);
-    data_ = pooled_ ? pool().take(&size_) : std::malloc(size_);
+  explicit Workspace(int64_t count) : size_(std::max<int64_t>(count, 1) * sizeof(T)) {
+    if (pooled()) size_ = Pool::block_size(size_);
+    data_ = pooled() ? pool().take(&size_) : std::malloc(size_);
     STD_TORCH_CHECK(data_, "no memory for ", size_, " bytes of workspace");
   }
   Workspace(const Workspace&) = delete;
   Workspace& operator=(const Workspace&) = delete;
-  ~Workspace() { pooled_ ? pool().give(data_, size_) : std::free(data_); }
+  ~Workspace() { pooled() ? pool().give(data_, size_) : std::free(data_); }
   T* get() const { return static_cast<T*>(data_); }
 
  private:
+  bool pooled() const { return size_ >= Pool::LEAST; }
+
   size_t size_;
-  bool pooled_;
   void* data_;
 };
 

@@ -285,14 +285,11 @@ TZ_INLINE void gemm_body(Matrix<T> a, Matrix<T> b, Acc* c, int64_t ldc, int64_t 
                          int64_t k, Acc* scratch, const Done& done = {}) {
   if constexpr (std::is_same_v<T, Acc>) {
     const bool direct = b.col == 1 && (m <= SHORT || k <= SHORT);
-    if (direct || (b.row == 1 && a.col == 1 && m <= SHORT)) {
-      if (direct)
-        gemm_direct<bytes>(a, b, c, ldc, m, n, k, scratch);
-      else
-        gemm_dots<bytes>(a, b, c, ldc, m, n, k);
-      if (done) done(0, m);
-      return;
-    }
+    const bool dots = !direct && b.row == 1 && a.col == 1 && m <= SHORT;
+    if (direct) gemm_direct<bytes>(a, b, c, ldc, m, n, k, scratch);
+    if (dots) gemm_dots<bytes>(a, b, c, ldc, m, n, k);
+    if ((direct || dots) && done) done(0, m);
+    if (direct || dots) return;
   }
   gemm_packed<bytes>(a, b, c, ldc, m, n, k, scratch, done);
 }

@@ -9,6 +9,7 @@
 #include <array>
 #include <limits>
 #include <memory>
+#include <optional>
 
 #include "cpu.h"
 #include "spgemm.h"
@@ -74,7 +75,7 @@ struct Packed {
   typedef T Value __attribute__((aligned(alignof(I) < alignof(T) ? alignof(I) : alignof(T)), may_alias));
   typedef I Column __attribute__((may_alias));
   static constexpr size_t size = sizeof(I) + sizeof(T);
-  std::unique_ptr<char[]> data;
+  std::optional<Workspace<char>> data;
   const I* plain_columns;
   const T* plain_values;
 
@@ -82,8 +83,7 @@ struct Packed {
     int64_t runs = 0;
     for (int64_t k = 0; y && k < rows; ++k) runs += f.b[k].run();
     if (!y || 2 * runs > rows) return;
-    data.reset(new char[entries * size]);
-    in_huge_pages(data.get(), entries * size);
+    data.emplace(entries * size);
     parallel_for(0, rows, 1 << 12, [&](int64_t begin, int64_t end) {
       for (int64_t k = begin; k < end; ++k) {
         const RowOf<I>& row = f.b[k];
@@ -93,7 +93,7 @@ struct Packed {
       }
     });
   }
-  char* at(const RowOf<I>& row) const { return data.get() + row.start * size; }
+  char* at(const RowOf<I>& row) const { return data->get() + row.start * size; }
   const Column* columns(const RowOf<I>& row) const {
     return data ? reinterpret_cast<const Column*>(at(row)) : plain_columns + row.start;
   }

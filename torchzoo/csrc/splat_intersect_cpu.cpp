@@ -93,17 +93,27 @@ struct Problem {
     for (size_t k = 0; k < seen.size(); ++k) to.order[k] = seen[k].splat;
   }
 
+  void ask_for(int64_t i) const {
+    __builtin_prefetch(means + 2 * i);
+    __builtin_prefetch(radii + 2 * i);
+    __builtin_prefetch(shapes + 3 * i);
+    __builtin_prefetch(opacities + i);
+  }
+
   // `x` as a number of tiles within 0 … limit; NaN as 0.
   static int64_t within(double x, int64_t limit) {
     return x > 0 ? (x < static_cast<double>(limit) ? static_cast<int64_t>(x) : limit) : 0;
   }
 
-  void find(int64_t camera, const Camera& of, int64_t begin, int64_t end, Chunk& to) const {
+  Chunk find(int64_t camera, const Camera& of, int64_t begin, int64_t end) const {
+    Chunk to;  // its own, as chunks that lie side by side share cache lines
     const double size = static_cast<double>(tile);
     to.counts.assign(across * down, 0);
+    to.runs.reserve(4 * (end - begin));
     for (int64_t k = begin; k < end; ++k) {
       const int32_t n = of.order[k];
       const int64_t i = camera * splats + n;
+      ask_for(camera * splats + of.order[std::min(k + AHEAD, end - 1)]);
       const double x = means[2 * i], y = means[2 * i + 1];
       // The box in the tensors' own type, so that every implementation rounds it alike.
       const T rx = static_cast<T>(radii[2 * i]), ry = static_cast<T>(radii[2 * i + 1]);
@@ -134,6 +144,7 @@ struct Problem {
         for (int64_t t = at; t < at + last - first; ++t) ++to.counts[t];
       }
     }
+    return to;
   }
 };
 
@@ -178,7 +189,7 @@ Tensor lists(const Problem<T>& of, int64_t count, const Tensor& like, int64_t* o
   for_chunks(cameras, [&](int64_t c, int64_t q) {
     Camera& camera = cameras[c];
     const int64_t seen = camera.order.size(), chunks = camera.chunks.size();
-    of.find(c, camera, q * seen / chunks, (q + 1) * seen / chunks, camera.chunks[q]);
+    camera.chunks[q] = of.find(c, camera, q * seen / chunks, (q + 1) * seen / chunks);
   });
   parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
     for (int64_t c = begin; c < end; ++c) scan(cameras[c], tiles, offsets + c * tiles);
@@ -209,9 +220,8 @@ std::tuple<Tensor, Tensor> splat_intersect(const Tensor& means2d, const Tensor& 
   STD_TORCH_CHECK(across * down <= INT32_MAX && splats <= INT32_MAX, op, ": too many tiles or splats");
   STD_TORCH_CHECK(kernel >= GAUSSIAN && kernel <= ANALYTIC, op, ": unknown kernel");
   STD_TORCH_CHECK(kernel != GENERALIZED_EXPONENTIAL || beta, op, ": no beta");
-  const Tensor means = torch::stable::contiguous(means2d), sizes = torch::stable::contiguous(radii),
-               z = torch::stable::contiguous(depths), shapes = torch::stable::contiguous(shape2d),
-               o = torch::stable::contiguous(opacities), exponents = contiguous(beta);
+  const Tensor means = dense(means2d), sizes = dense(radii), z = dense(depths), shapes = dense(shape2d),
+               o = dense(opacities), exponents = dense(beta);
   STD_TORCH_CHECK(means.numel() == 2 * all && sizes.numel() == 2 * all && z.numel() == all &&
                       shapes.numel() == 3 * all && o.numel() == all && (!beta || exponents.numel() == splats),
                   op, ": sizes don't fit each other");

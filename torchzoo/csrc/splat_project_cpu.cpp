@@ -121,12 +121,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> splat_project(
     const std::optional<Tensor>& beta_, const Tensor& viewmats_, const Tensor& Ks_, int64_t width,
     int64_t height, int64_t kernel, int64_t camera, double eps2d, double near, double far,
     double radius_clip, double alpha_min, bool antialiased, bool inria) {
-  using torch::stable::contiguous;
-  const Tensor means = contiguous(means_), quats = contiguous(quats_), scales = contiguous(scales_);
-  const Tensor opacities = contiguous(opacities_), viewmats = contiguous(viewmats_);
-  const Tensor Ks = contiguous(Ks_);
+  const Tensor means = dense(means_), quats = dense(quats_), scales = dense(scales_);
+  const Tensor opacities = dense(opacities_), viewmats = dense(viewmats_), Ks = dense(Ks_);
   std::optional<Tensor> beta;
-  if (beta_) beta = contiguous(*beta_);
+  if (beta_) beta = dense(*beta_);
   const Sizes sizes = sizes_of(means, quats, scales, viewmats, Ks);
   const ScalarType type = means.scalar_type();
   expect(opacities, {sizes.cameras, sizes.splats}, type, "opacities");
@@ -232,10 +230,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> splat_project_backward(
     bool antialiased, bool inria, const Tensor& radii_, const Tensor& conics_,
     const Tensor& compensations_, const MaybeTensor& g_means2d, const MaybeTensor& g_depths, const MaybeTensor& g_conics,
     const MaybeTensor& g_covs2d, const MaybeTensor& g_compensations) {
-  using torch::stable::contiguous;
-  const Tensor means = contiguous(means_), quats = contiguous(quats_), scales = contiguous(scales_);
-  const Tensor viewmats = contiguous(viewmats_), Ks = contiguous(Ks_), radii = contiguous(radii_);
-  const Tensor conics = contiguous(conics_), compensations = contiguous(compensations_);
+  const Tensor means = dense(means_), quats = dense(quats_), scales = dense(scales_);
+  const Tensor viewmats = dense(viewmats_), Ks = dense(Ks_), radii = dense(radii_);
+  const Tensor conics = dense(conics_), compensations = dense(compensations_);
   const Sizes sizes = sizes_of(means, quats, scales, viewmats, Ks);
   const ScalarType type = means.scalar_type();
   const int64_t C = sizes.cameras, N = sizes.splats;
@@ -244,7 +241,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> splat_project_backward(
   expect(compensations, {C, N}, type, "compensations");
   const auto given = [&](const MaybeTensor& g, std::initializer_list<int64_t> shape, const char* name) {
     if (g) expect(*g, shape, type, name);
-    return g ? MaybeTensor(contiguous(*g)) : MaybeTensor();
+    return g ? MaybeTensor(dense(*g)) : MaybeTensor();
   };
   const MaybeTensor by_means = given(g_means2d, {C, N, 2}, "g_means2d"), by_depths = given(g_depths, {C, N}, "g_depths");
   const MaybeTensor by_conics = given(g_conics, {C, N, 3}, "g_conics"), by_covs = given(g_covs2d, {C, N, 3}, "g_covs2d");

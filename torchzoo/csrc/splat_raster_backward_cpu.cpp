@@ -1,12 +1,13 @@
 // splat_raster_backward: gradients of what was blended, back to front, a tile of the image at a time.
 //
 // A pixel keeps two numbers: T in front of the splat, restored by T / (1 - α), and the part of the
-// gradient that comes from behind it, ρ = Σ (g·f_j) α_j T_j + T_end (g·background + g_T). Then
-// g_α = T (g·f) - ρ / (1 - α).
+// gradient that comes from behind it, ρ = Σ (g·f_j) α_j T_j + T_end (g·background - g_A), A the image's
+// alpha. Then g_α = T (g·f) - ρ / (1 - α).
 //
-// A tile writes the sums over its pixels to a row for each splat of its list, at a place where the rows
-// of a splat lie one after the other; a second pass adds these up. No atomics, and always the same
-// order: the result is the same, bit for bit, for any number of threads.
+// A tile writes the sums over its pixels to a row for each splat of its list; a second pass adds up the rows
+// of each splat, in the order of the lists. No atomics, and always the same order: the result is the same, bit
+// for bit, for any number of threads. The rows lie in the order of the lists, as those of one splat come from
+// tiles side by side, which threads work on at the same time: they would share cache lines.
 #include "splat_tile.h"
 
 namespace torchzoo::splat {
@@ -19,11 +20,10 @@ namespace {
 constexpr int64_t SHAPE = 6;
 
 struct Gradients {
-  const void *final_t, *g_image, *g_final_t;
+  const void *final_t, *g_image, *g_alpha;  // g_alpha may be null
   const int32_t* last;
   void* rows;
-  const int64_t* places;  // of the rows, in the order of the lists
-  int64_t width;          // of a row
+  int64_t width;  // of a row
   bool absolute;
 };
 
@@ -109,7 +109,7 @@ TZ_INLINE void gradient_body(V, const Scene* scene, const Packed<T>* packed, con
     const int64_t t = order[taken], length = offsets[t + 1] - offsets[t];
     if (!length) continue;
     const int32_t* ids = of.ids.template const_data_ptr<int32_t>() + offsets[t];
-    const int64_t* places = with.places + (offsets[t] - offsets[0]);
+    T* rows = static_cast<T*>(with.rows) + (offsets[t] - offsets[0]) * with.width;
     tile.place(of, t);
     std::fill_n(left, plane, T(1));
     std::fill_n(behind, plane, T(0));
@@ -121,7 +121,7 @@ TZ_INLINE void gradient_body(V, const Scene* scene, const Packed<T>* packed, con
       for (int64_t c = 0; c < tile.wide; ++c) {
         const int64_t to = r * tile.stride + c;
         const T* g = static_cast<const T*>(with.g_image) + (at + c) * count;
-        T sum = static_cast<const T*>(with.g_final_t)[at + c];
+        T sum = with.g_alpha ? -static_cast<const T*>(with.g_alpha)[at + c] : T(0);
         for (int64_t ch = 0; ch < count; ++ch) {
           upstream[ch * plane + to] = g[ch];
           if (backgrounds) sum += g[ch] * backgrounds[ch];
@@ -133,8 +133,7 @@ TZ_INLINE void gradient_body(V, const Scene* scene, const Packed<T>* packed, con
       }
     }
     used = std::min(used, length);
-    for (int64_t j = used; j < length; ++j)
-      std::fill_n(static_cast<T*>(with.rows) + places[j] * with.width, with.width, T(0));
+    std::fill(rows + used * with.width, rows + length * with.width, T(0));
     int64_t refresh = used;
     for (int64_t j = used - 1; j >= 0; --j) {
       if (j < refresh) {  // the columns that are open to some of the splats up to the next time
@@ -150,7 +149,7 @@ TZ_INLINE void gradient_body(V, const Scene* scene, const Packed<T>* packed, con
       if (j >= AHEAD) splats.ask_for(ids[j - AHEAD]);
       const Splat<T>& s = splats[ids[j]];
       const int64_t items = tile.template spans<kernel>(s, margin);
-      T* out = static_cast<T*>(with.rows) + places[j] * with.width;
+      T* out = rows + j * with.width;
       if (!items) {
         std::fill_n(out, with.width, T(0));
         continue;
@@ -211,15 +210,35 @@ TZ_INLINE void gradient_body(V, const Scene* scene, const Packed<T>* packed, con
 }
 TZ_ISA(gradient_tiles, gradient_body)
 
-// Where the rows of each splat begin (splats + 1), and the place of each entry of a camera's lists.
-struct Rows {
-  std::vector<int64_t> first;
-  Block<int64_t> places;
+// The entries of a camera's lists, those of each splat together, and where they begin (splats + 1). They are
+// counted by parts, one a thread, and each part then knows where its own ones of a splat go.
+struct Entries {
+  std::vector<int32_t> first;
+  Block<int32_t> all;
 
-  Rows(const int32_t* ids, int64_t count, int64_t splats) : first(splats + 2), places(count) {
-    for (int64_t i = 0; i < count; ++i) ++first[ids[i] + 2];
-    for (int64_t n = 2; n < splats + 2; ++n) first[n] += first[n - 1];
-    for (int64_t i = 0; i < count; ++i) places.get()[i] = first[ids[i] + 1]++;
+  Entries(const int32_t* ids, int64_t count, int64_t splats) : first(splats + 1), all(count) {
+    STD_TORCH_CHECK(count <= INT32_MAX, "splat_raster_backward: ", count, " pairs of a splat and a tile");
+    const int64_t threads = torch::stable::get_num_threads(), most = count / std::max<int64_t>(splats, 1);
+    const int64_t parts = std::clamp<int64_t>(most, 1, threads);
+    std::vector<std::vector<int32_t>> next(parts);
+    const auto for_parts = [&](const auto& work) {
+      parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
+        for (int64_t p = begin; p < end; ++p) work(next[p], p * count / parts, (p + 1) * count / parts);
+      });
+    };
+    for_parts([&](std::vector<int32_t>& counts, int64_t begin, int64_t end) {
+      counts.assign(splats, 0);
+      for (int64_t i = begin; i < end; ++i) ++counts[ids[i]];
+    });
+    int32_t before = 0;
+    for (int64_t n = 0; n < splats; ++n) {
+      first[n] = before;
+      for (std::vector<int32_t>& counts : next) before += std::exchange(counts[n], before);
+    }
+    first[splats] = before;
+    for_parts([&](std::vector<int32_t>& at, int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) all.get()[at[ids[i]]++] = static_cast<int32_t>(i);
+    });
   }
 };
 
@@ -251,7 +270,7 @@ void finish(const Scene& of, const T* shape, T opacity, const T* sums, T* g_mean
 }
 
 template <class T>
-void add_up(const Scene& of, int64_t camera, const Rows& rows, const T* from, int64_t width, bool absolute,
+void add_up(const Scene& of, int64_t camera, const Entries& entries, const T* rows, int64_t width, bool absolute,
             Results& to) {
   const int64_t first = camera * of.splats, count = of.features;
   const T* shapes = of.shape2d.const_data_ptr<T>() + 3 * first;
@@ -263,12 +282,22 @@ void add_up(const Scene& of, int64_t camera, const Rows& rows, const T* from, in
     *g_beta = of.with_beta ? to.beta.mutable_data_ptr<T>() : nullptr,
     *g_abs = absolute ? to.absolute.mutable_data_ptr<T>() + 2 * first : nullptr;
   parallel_for(0, of.splats, 256, [&](int64_t begin, int64_t end) {
+    const auto clear = [&](T* numbers, int64_t each) { std::fill(numbers + begin * each, numbers + end * each, T(0)); };
+    clear(g_means, 2), clear(g_shapes, 3), clear(g_opacities, 1);
+    if (absolute) clear(g_abs, 2);
+    if (!camera || !of.shared) clear(g_features, count);
+    if (!camera && g_beta) clear(g_beta, 1);
     std::vector<T> sums(width);
+    const int64_t all = entries.first[of.splats];
+    const auto row = [&](int64_t r) { return rows + entries.all.get()[r] * width; };
     for (int64_t n = begin; n < end; ++n) {
-      if (rows.first[n] == rows.first[n + 1]) continue;  // all are zeros already
+      if (entries.first[n] == entries.first[n + 1]) continue;
       std::fill(sums.begin(), sums.end(), T(0));
-      for (int64_t r = rows.first[n]; r < rows.first[n + 1]; ++r)
-        for (int64_t k = 0; k < width; ++k) sums[k] += from[r * width + k];
+      for (int64_t r = entries.first[n]; r < entries.first[n + 1]; ++r) {
+        const T *own = row(r), *ahead = row(std::min(r + AHEAD, all - 1));
+        __builtin_prefetch(ahead), __builtin_prefetch(ahead + width - 1);
+        for (int64_t k = 0; k < width; ++k) sums[k] += own[k];
+      }
       const T* s = sums.data();
       finish(of, shapes + 3 * n, opacities[n], s, g_means + 2 * n, g_shapes + 3 * n);
       g_opacities[n] = s[0];
@@ -286,23 +315,24 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> splat_raster_backward
     std::optional<Tensor> beta, std::optional<Tensor> backgrounds, const Tensor& tile_offsets,
     const Tensor& ids, int64_t width, int64_t height, int64_t tile_size, int64_t kernel, double pixel,
     double alpha_min, double alpha_max, const Tensor& final_t, const Tensor& last, const Tensor& g_image,
-    const Tensor& g_final_t, bool absgrad, bool) {
+    std::optional<Tensor> g_alpha, bool absgrad, bool) {
   const Scene of("splat_raster_backward", means2d, shape2d, opacities, features, beta, backgrounds,
                  tile_offsets, ids, width, height, tile_size, kernel, pixel, alpha_min, alpha_max);
   const int64_t pixels = of.cameras * height * width;
-  const Tensor rest = torch::stable::contiguous(final_t), ends = torch::stable::contiguous(last),
-               g = torch::stable::contiguous(g_image), g_rest = torch::stable::contiguous(g_final_t);
-  STD_TORCH_CHECK(rest.numel() == pixels && ends.numel() == pixels && g_rest.numel() == pixels &&
-                      g.numel() == pixels * of.features && rest.scalar_type() == of.type &&
-                      g.scalar_type() == of.type && g_rest.scalar_type() == of.type &&
-                      ends.scalar_type() == ScalarType::Int,
+  const Tensor rest = dense(final_t), ends = dense(last), g = dense(g_image), by_alpha = dense(g_alpha);
+  STD_TORCH_CHECK(rest.numel() == pixels && ends.numel() == pixels && g.numel() == pixels * of.features &&
+                      rest.scalar_type() == of.type && g.scalar_type() == of.type &&
+                      ends.scalar_type() == ScalarType::Int &&
+                      (!g_alpha || (by_alpha.numel() == pixels && by_alpha.scalar_type() == of.type)),
                   "splat_raster_backward: what came from the forward pass has another size or dtype");
-  const auto zeros = [&](const Tensor& like) { return torch::stable::fill_(fresh(like), 0); };
+  const auto result = [&](const Tensor& like) {  // each camera writes or adds to it
+    return of.cameras ? fresh(like) : torch::stable::fill_(fresh(like), 0);
+  };
   const auto nothing = [&] { return fresh(means2d, {0}); };
-  Results to{zeros(of.means2d), zeros(of.shape2d), zeros(of.opacities), zeros(of.feature),
-             of.with_beta ? zeros(of.beta) : nothing(), absgrad ? zeros(of.means2d) : nothing()};
-  Gradients with{rest.const_data_ptr(), g.const_data_ptr(), g_rest.const_data_ptr(),
-                 ends.const_data_ptr<int32_t>(), nullptr, nullptr, 0, absgrad};
+  Results to{result(of.means2d), result(of.shape2d), result(of.opacities), result(of.feature),
+             of.with_beta ? result(of.beta) : nothing(), absgrad ? result(of.means2d) : nothing()};
+  Gradients with{rest.const_data_ptr(), g.const_data_ptr(), g_alpha ? by_alpha.const_data_ptr() : nullptr,
+                 ends.const_data_ptr<int32_t>(), nullptr, 0, absgrad};
   with.width = SHAPE + of.features + (of.kernel == GENERALIZED_EXPONENTIAL) + 2 * absgrad;
   with_variant(of, [&]<class V>(V variant) {
     using T = typename V::T;
@@ -310,15 +340,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> splat_raster_backward
     for (int64_t camera = 0; camera < of.cameras; ++camera) {
       const int64_t* offsets = of.offsets.template const_data_ptr<int64_t>() + camera * of.tiles();
       const int64_t count = offsets[of.tiles()] - offsets[0];
-      if (!count) continue;
-      const Rows rows(of.ids.template const_data_ptr<int32_t>() + offsets[0], count, of.splats);
-      const Block<T> sums(count * with.width);
-      with.rows = sums.get(), with.places = rows.places.get();
-      pack(of, camera, splats);
+      const Entries entries(of.ids.template const_data_ptr<int32_t>() + offsets[0], count, of.splats);
+      const Block<T> rows(count * with.width);
+      with.rows = rows.get();
+      if (count) pack(of, camera, splats);
       const std::vector<int32_t> order = longest_first(offsets, of.tiles());
       Queue queue(of.tiles());
       queue.share_out([&] { gradient_tiles(variant, &of, &splats, &with, order.data(), camera, &queue); });
-      add_up<T>(of, camera, rows, sums.get(), with.width, absgrad, to);
+      add_up<T>(of, camera, entries, rows.get(), with.width, absgrad, to);
     }
   });
   return {to.means2d, to.shape2d, to.opacities, to.features, to.beta, to.absolute};

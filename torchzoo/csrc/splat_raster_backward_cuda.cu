@@ -1,6 +1,6 @@
 // splat_raster_backward on CUDA: each tile's list again, back to front, with the transmittance restored.
 //
-// A thread has a pixel, for which S = T_end (g_T + <background, g>) + Σ <f, g> alpha T over the splats
+// A thread has a pixel, for which S = T_end (<background, g> - g_A), A the image's alpha, + Σ <f, g> alpha T over the splats
 // behind makes a splat's slope by its alpha T <f, g> - S / (1 - alpha). A splat's gradients are summed
 // over a warp's pixels all at once, by about one exchange a number, after which each number is in a
 // lane of its own and the lanes add theirs to memory in one instruction. A warp whose pixels don't see
@@ -23,7 +23,7 @@ struct Gradients {
 
 template <class T>
 struct Images {
-  const T *final_t, *g_image, *g_final_t;
+  const T *final_t, *g_image, *g_alpha;  // g_alpha: or null
   const int* last;
 };
 
@@ -91,7 +91,8 @@ __global__ void __launch_bounds__(THREADS, sizeof(T) == 8 ? 1 : kernel != ANALYT
   const T* g_pixel = from.g_image + spot.index * scene.channels;
   if (last) {
     rest = from.final_t[spot.index];
-    T by_rest = share == Share::NONE || (share == Share::OWN && scene.first_channel) ? T(0) : from.g_final_t[spot.index];
+    const bool without = share == Share::NONE || (share == Share::OWN && scene.first_channel) || !from.g_alpha;
+    T by_rest = without ? T(0) : -from.g_alpha[spot.index];
 #pragma unroll
     for (int channel = 0; channel < F; ++channel)
       if (scene.first_channel + channel < scene.channels) g[channel] = g_pixel[scene.first_channel + channel];
@@ -291,9 +292,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> splat_raster_backward
     const std::optional<Tensor>& beta, const std::optional<Tensor>& backgrounds, const Tensor& tile_offsets,
     const Tensor& ids, int64_t width, int64_t height, int64_t tile_size, int64_t kernel, double pixel,
     double alpha_min, double alpha_max, const Tensor& final_t, const Tensor& last, const Tensor& g_image,
-    const Tensor& g_final_t, bool absgrad, bool deterministic) {
+    const std::optional<Tensor>& g_alpha, bool absgrad, bool deterministic) {
   const Tiling tiling(means2d.size(0), width, height, tile_size);
-  check_devices("splat_raster_backward", {means2d, final_t, last, g_image, g_final_t});
+  check_devices("splat_raster_backward", {means2d, final_t, last, g_image});
+  if (g_alpha) check_devices("splat_raster_backward", {means2d, *g_alpha});
   const DeviceGuard guard(means2d.get_device_index());
   const Drawn all = drawn(means2d, shape2d, opacities, features, beta, backgrounds, tile_offsets, ids, tiling,
                           kernel, pixel, alpha_min, alpha_max);
@@ -301,8 +303,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> splat_raster_backward
   const ScalarType type = all.means.scalar_type();
   const Tensor rests = dense("final_t", final_t, type, {C, height, width}),
                lasts = dense("last", last, ScalarType::Int, {C, height, width}),
-               g_images = dense("g_image", g_image, type, {C, height, width, all.channels}),
-               g_rests = dense("g_final_t", g_final_t, type, {C, height, width});
+               g_images = dense("g_image", g_image, type, {C, height, width, all.channels});
+  std::optional<Tensor> g_alphas;
+  if (g_alpha) g_alphas = dense("g_alpha", *g_alpha, type, {C, height, width});
   const auto zeros = [&](const Tensor& like, std::initializer_list<int64_t> sizes) {
     return torch::stable::new_zeros(like, std::vector<int64_t>(sizes));
   };
@@ -314,7 +317,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> splat_raster_backward
     std::optional<Order> order;
     if (deterministic) order.emplace(all, tiling);
     with_type(all.means, [&]<class T>() {
-      const Images<T> from{read<T>(rests), read<T>(g_images), read<T>(g_rests), read<int>(lasts)};
+      const Images<T> from{read<T>(rests), read<T>(g_images), g_alphas ? read<T>(*g_alphas) : nullptr,
+                           read<int>(lasts)};
       Gradients<T> to{write<T>(g_means), write<T>(g_shapes), write<T>(g_opacities), write<T>(g_features),
                       write<T>(g_beta), nullptr, nullptr};
       if (absgrad) to.absolute = write<T>(g_absolute);

@@ -7,8 +7,9 @@ namespace torchzoo::splat {
 namespace {
 
 struct Output {
-  void *image, *final_t;
-  int32_t *last, *median;
+  void *image, *alpha, *final_t, *median_depth;
+  int32_t* last;
+  const void* depths;
   const bool* mask;  // may be null
   double t_stop;
 };
@@ -99,15 +100,18 @@ TZ_INLINE void raster_body(V, const Scene* scene, const Packed<T>* packed, const
                    crosses ? Int{} + static_cast<Whole>(ids[j]) : L::load(median + item.offset));
       }
     }
-    T *image = static_cast<T*>(output->image), *final_t = static_cast<T*>(output->final_t);
+    T *image = static_cast<T*>(output->image), *covered = static_cast<T*>(output->alpha),
+      *final_t = static_cast<T*>(output->final_t), *median_depth = static_cast<T*>(output->median_depth);
+    const T* depths = static_cast<const T*>(output->depths) + camera * of.splats;
     for (int64_t r = 0; r < tile.high; ++r) {
       const int64_t at = (camera * of.height + tile.y + r) * of.width + tile.x;
       for (int64_t c = 0; c < tile.wide; ++c) {
         const int64_t from = r * tile.stride + c;
         const T rest = left[from] < 0 ? -left[from] : left[from];
+        covered[at + c] = 1 - rest;
         final_t[at + c] = rest;
         output->last[at + c] = static_cast<int32_t>(last[from]);
-        output->median[at + c] = static_cast<int32_t>(median[from]);
+        median_depth[at + c] = median[from] < 0 ? T(0) : depths[median[from]];
         T* pixel = image + (at + c) * count;
         for (int64_t ch = 0; ch < count; ++ch)
           pixel[ch] = sums[ch * plane + from] + (backgrounds ? rest * backgrounds[ch] : T(0));
@@ -118,21 +122,23 @@ TZ_INLINE void raster_body(V, const Scene* scene, const Packed<T>* packed, const
 
 TZ_ISA(raster_tiles, raster_body)
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> splat_raster(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> splat_raster(
     const Tensor& means2d, const Tensor& shape2d, const Tensor& opacities, const Tensor& features,
-    std::optional<Tensor> beta, std::optional<Tensor> backgrounds, std::optional<Tensor> pixel_mask,
-    const Tensor& tile_offsets, const Tensor& ids, int64_t width, int64_t height, int64_t tile_size,
-    int64_t kernel, double pixel, double alpha_min, double alpha_max, double t_stop, bool inria) {
+    std::optional<Tensor> beta, std::optional<Tensor> backgrounds, const Tensor& depths,
+    std::optional<Tensor> pixel_mask, const Tensor& tile_offsets, const Tensor& ids, int64_t width,
+    int64_t height, int64_t tile_size, int64_t kernel, double pixel, double alpha_min, double alpha_max,
+    double t_stop, bool inria) {
   const Scene of("splat_raster", means2d, shape2d, opacities, features, beta, backgrounds, tile_offsets,
                  ids, width, height, tile_size, kernel, pixel, alpha_min, alpha_max);
   const int64_t c = of.cameras;
-  Tensor image = fresh(means2d, {c, height, width, of.features});
-  Tensor final_t = fresh(means2d, {c, height, width});
-  Tensor last = fresh(means2d, {c, height, width}, ScalarType::Int);
-  Tensor median = fresh(means2d, {c, height, width}, ScalarType::Int);
-  Output to{image.mutable_data_ptr(), final_t.mutable_data_ptr(), last.mutable_data_ptr<int32_t>(),
-            median.mutable_data_ptr<int32_t>(), nullptr, t_stop};
-  const Tensor mask = contiguous(pixel_mask);
+  const Tensor z = dense(depths), mask = dense(pixel_mask);
+  STD_TORCH_CHECK(z.numel() == c * of.splats && z.scalar_type() == of.type,
+                  "splat_raster: depths has an unexpected size or dtype");
+  Tensor image = fresh(means2d, {c, height, width, of.features}), alpha = fresh(means2d, {c, height, width}),
+         final_t = fresh(means2d, {c, height, width}), median_depth = fresh(means2d, {c, height, width}),
+         last = fresh(means2d, {c, height, width}, ScalarType::Int);
+  Output to{image.mutable_data_ptr(), alpha.mutable_data_ptr(), final_t.mutable_data_ptr(),
+            median_depth.mutable_data_ptr(), last.mutable_data_ptr<int32_t>(), z.const_data_ptr(), nullptr, t_stop};
   if (pixel_mask) {
     STD_TORCH_CHECK(mask.scalar_type() == ScalarType::Bool && mask.numel() == c * height * width,
                     "splat_raster: pixel_mask has an unexpected size or dtype");
@@ -151,7 +157,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> splat_raster(
       queue.share_out([&] { raster_tiles(variant, &of, &splats, &to, order.data(), camera, &queue); });
     }
   });
-  return {image, final_t, last, median};
+  return {image, alpha, final_t, last, median_depth};
 }
 
 }  // namespace

@@ -12,8 +12,9 @@ namespace {
 
 template <class T>
 struct Images {
-  T *image, *final_t;
-  int *last, *median;
+  T *image, *alpha, *final_t, *median_depth;
+  int* last;
+  const T* depths;
   const bool* mask;
 };
 
@@ -56,14 +57,15 @@ __global__ void __launch_bounds__(THREADS)
       to.image[spot.index * scene.channels + at + channel] = sum[channel] + rest * behind;
     }
   if (at) return;
+  to.alpha[spot.index] = 1 - rest;
   to.final_t[spot.index] = rest;
   to.last[spot.index] = last;
-  to.median[spot.index] = median;
+  to.median_depth[spot.index] = median < 0 ? T(0) : to.depths[spot.camera * scene.splats + median];
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> splat_raster(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> splat_raster(
     const Tensor& means2d, const Tensor& shape2d, const Tensor& opacities, const Tensor& features,
-    const std::optional<Tensor>& beta, const std::optional<Tensor>& backgrounds,
+    const std::optional<Tensor>& beta, const std::optional<Tensor>& backgrounds, const Tensor& depths,
     const std::optional<Tensor>& pixel_mask, const Tensor& tile_offsets, const Tensor& ids, int64_t width,
     int64_t height, int64_t tile_size, int64_t kernel, double pixel, double alpha_min, double alpha_max,
     double t_stop, bool inria) {
@@ -72,19 +74,21 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> splat_raster(
   const Drawn all = drawn(means2d, shape2d, opacities, features, beta, backgrounds, tile_offsets, ids, tiling,
                           kernel, pixel, alpha_min, alpha_max);
   const int64_t C = all.cameras;
+  check_devices("splat_raster", {means2d, depths});
+  const Tensor z = dense("depths", depths, all.means.scalar_type(), {C, all.splats});
   std::optional<Tensor> mask;
   if (pixel_mask) {
     check_devices("splat_raster", {means2d, *pixel_mask});
     mask = dense("pixel_mask", *pixel_mask, ScalarType::Bool, {C, height, width});
   }
   Tensor image = torch::stable::new_empty(all.features, {C, height, width, all.channels}),
-         final_t = torch::stable::new_empty(all.means, {C, height, width}),
-         last = torch::stable::new_empty(all.means, {C, height, width}, ScalarType::Int),
-         median = torch::stable::empty_like(last);
-  if (!tiling.count()) return {image, final_t, last, median};
+         alpha = torch::stable::new_empty(all.means, {C, height, width}),
+         final_t = torch::stable::empty_like(alpha), median_depth = torch::stable::empty_like(alpha),
+         last = torch::stable::new_empty(all.means, {C, height, width}, ScalarType::Int);
+  if (!tiling.count()) return {image, alpha, final_t, last, median_depth};
   with_type(all.means, [&]<class T>() {
-    const Images<T> to{write<T>(image), write<T>(final_t), write<int>(last), write<int>(median),
-                       mask ? read<bool>(*mask) : nullptr};
+    const Images<T> to{write<T>(image), write<T>(alpha), write<T>(final_t), write<T>(median_depth),
+                       write<int>(last), read<T>(z), mask ? read<bool>(*mask) : nullptr};
     with_kernel(kernel, [&]<Kernel k>() {
       int64_t first = 0;
       do {
@@ -97,7 +101,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> splat_raster(
       } while (first < all.channels);
     });
   });
-  return {image, final_t, last, median};
+  return {image, alpha, final_t, last, median_depth};
 }
 
 }  // namespace

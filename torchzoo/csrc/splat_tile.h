@@ -13,7 +13,6 @@
 #include <bit>
 #include <memory>
 #include <new>
-#include <optional>
 
 namespace torchzoo::splat {
 
@@ -52,10 +51,6 @@ class Queue {
   }
 };
 
-inline Tensor contiguous(const std::optional<Tensor>& tensor) {
-  return tensor ? torch::stable::contiguous(*tensor) : Tensor();
-}
-
 // The tensors of a call, checked as far as memory safety depends on them.
 struct Scene {
   int64_t cameras, splats, features, width, height, tile, across, down;
@@ -74,10 +69,9 @@ struct Scene {
       : cameras(means2d_.size(0)), splats(means2d_.size(1)), features(features_.size(2)),
         width(width_), height(height_), tile(tile_size), shared(features_.size(0) == 1),
         kernel(Kernel(kernel_)), pixel(pixel_), alpha_min(alpha_min_), alpha_max(alpha_max_),
-        means2d(torch::stable::contiguous(means2d_)), shape2d(torch::stable::contiguous(shape2d_)),
-        opacities(torch::stable::contiguous(opacities_)), feature(torch::stable::contiguous(features_)),
-        beta(contiguous(beta_)), backgrounds(contiguous(backgrounds_)),
-        offsets(torch::stable::contiguous(tile_offsets)), ids(torch::stable::contiguous(ids_)),
+        means2d(dense(means2d_)), shape2d(dense(shape2d_)), opacities(dense(opacities_)),
+        feature(dense(features_)), beta(dense(beta_)), backgrounds(dense(backgrounds_)),
+        offsets(dense(tile_offsets)), ids(dense(ids_)),
         with_beta(beta_), with_backgrounds(backgrounds_), type(means2d_.scalar_type()) {
     STD_TORCH_CHECK(width > 0 && height > 0 && width < (1 << 30) && height < (1 << 30),
                     op, ": width and height out of range");
@@ -101,13 +95,14 @@ struct Scene {
     check("tile_offsets", offsets, cameras * across * down + 1, ScalarType::Long);
     check("ids", ids, ids.numel(), ScalarType::Int);
     const int64_t* at = offsets.const_data_ptr<int64_t>();
-    bool sound = at[0] == 0 && at[cameras * across * down] == ids.numel();
+    const int64_t entries = ids.numel();
+    bool sound = at[0] == 0 && at[cameras * across * down] == entries;
     for (int64_t t = 0; t < cameras * across * down; ++t) sound &= at[t] <= at[t + 1];
     STD_TORCH_CHECK(sound, op, ": tile_offsets do not cut up ids");
     const int32_t* id = ids.const_data_ptr<int32_t>();
     uint32_t largest = 0;
-    for (int64_t i = 0; i < ids.numel(); ++i) largest = std::max(largest, static_cast<uint32_t>(id[i]));
-    STD_TORCH_CHECK(!ids.numel() || largest < splats, op, ": ids out of range");
+    for (int64_t i = 0; i < entries; ++i) largest = std::max(largest, static_cast<uint32_t>(id[i]));
+    STD_TORCH_CHECK(!entries || largest < splats, op, ": ids out of range");
   }
 
   int64_t tiles() const { return across * down; }

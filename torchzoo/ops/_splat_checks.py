@@ -79,11 +79,13 @@ def common_dtype(*tensors: Tensor | None) -> torch.dtype:
     """The widest dtype, float32 at least."""
     dtype = torch.float32
     for tensor in tensors:
-        if tensor is not None:
+        if tensor is not None and tensor.dtype != dtype:
             dtype = torch.promote_types(dtype, tensor.dtype)
     return dtype
 
 
 def per_camera(x: Tensor, cameras: int, dims: int) -> Tensor:
     """`x` with a leading dimension of cameras, where it has only the other `dims`."""
-    return x[None].expand(cameras, *x.shape).contiguous() if x.ndim == dims else x
+    if x.ndim != dims:
+        return x
+    return x[None] if cameras == 1 else x[None].expand(cameras, *x.shape).contiguous()

@@ -303,52 +303,35 @@ def _(
     return tuple(x.new_empty(x.shape) for x in inputs)  # type: ignore[return-value]
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    means, quats, scales, _, _, viewmats, Ks, *options = inputs
-    radii, _, _, conics, _, compensations = output
-    ctx.mark_non_differentiable(radii)
-    ctx.set_materialize_grads(False)  # most renderings need no depths, covariances, compensations
-    ctx.save_for_backward(means, quats, scales, viewmats, Ks, radii, conics, compensations)
-    width, height, kernel, camera, eps2d, _, _, _, _, antialiased, inria = options
-    ctx.options = (width, height, kernel, camera, eps2d, antialiased, inria)
-
-
-def _backward(
-    ctx: Any,
-    _: Tensor | None,
-    *above: Tensor | None,
-) -> tuple[Tensor | None, ...]:
-    means, quats, scales, viewmats, Ks, radii, conics, compensations = ctx.saved_tensors
-    g_means, g_quats, g_scales, g_views = splat_project_backward(
-        means,
-        quats,
-        scales,
-        viewmats,
-        Ks,
-        *ctx.options,
-        radii,
-        conics,
-        compensations,
-        *(None if g is None else g.contiguous() for g in above),
-    )
-    return g_means, g_quats, g_scales, None, None, g_views, *(None,) * 12
-
-
 class Projection(torch.autograd.Function):
     """`splat_project` with gradients.
 
-    Where they are registered with an operator, torch looks up the defaults of its arguments at
-    every call, in Python, in a time that grows with the square of their number.
+    Where they are registered with an operator, or with a `setup_context`, torch looks up the
+    defaults of arguments at every call, in Python.
     """
 
     @staticmethod
-    def forward(*inputs: Any) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
         with below_autograd():
             found: tuple[Tensor, ...] = splat_project(*inputs)
+        means, quats, scales, _, _, viewmats, Ks, *options = inputs
+        radii, _, _, conics, _, compensations = found
+        ctx.mark_non_differentiable(radii)
+        ctx.set_materialize_grads(False)  # most need no depths, covariances, compensations
+        ctx.save_for_backward(means, quats, scales, viewmats, Ks, radii, conics, compensations)
+        width, height, kernel, camera, eps2d, _, _, _, _, antialiased, inria = options
+        ctx.options = (width, height, kernel, camera, eps2d, antialiased, inria)
         return found
 
-    setup_context = staticmethod(_setup)
-    backward = staticmethod(_backward)
+    @staticmethod
+    def backward(ctx: Any, _: Tensor | None, *above: Tensor | None) -> tuple[Tensor | None, ...]:
+        *splats, radii, conics, compensations = ctx.saved_tensors
+        given = tuple(None if g is None else g.contiguous() for g in above)
+        with below_autograd(*splats, conics, compensations, *given):
+            g_means, g_quats, g_scales, g_views = splat_project_backward(
+                *splats, *ctx.options, radii, conics, compensations, *given
+            )
+        return g_means, g_quats, g_scales, None, None, g_views, *(None,) * 12
 
 
 def project(
@@ -362,9 +345,10 @@ def project(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`splat_project`, with gradients where there are some to record."""
     inputs = (means, quats, scales, opacities, beta, viewmats, *rest)
+    found: tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
     if torch.is_grad_enabled() and any(x.requires_grad for x in (means, quats, scales, viewmats)):
-        run = Projection.apply
-    else:
-        run = Projection.forward
-    found: tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor] = run(*inputs)
+        found = Projection.apply(*inputs)
+        return found
+    with below_autograd():
+        found = splat_project(*inputs)
     return found

@@ -178,6 +178,7 @@ def splat_raster(
     features: Tensor,
     beta: Tensor | None,
     backgrounds: Tensor | None,
+    depths: Tensor,
     pixel_mask: Tensor | None,
     tile_offsets: Tensor,
     ids: Tensor,
@@ -190,12 +191,12 @@ def splat_raster(
     alpha_max: float,
     t_stop: float,
     inria: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     grid = (means2d.shape[0], height, width)
     image = features.new_zeros(*grid, features.shape[2])
     final_t = means2d.new_ones(grid)
     last = torch.zeros(grid, dtype=torch.int32, device=ids.device)
-    median = torch.full_like(last, -1)
+    median_depth = torch.zeros_like(final_t)
     options = _Options(kernel, pixel, alpha_min, alpha_max)
     features = features.expand(grid[0], -1, -1)
     with no_autocast(means2d):
@@ -215,10 +216,11 @@ def splat_raster(
             place = torch.arange(1, len(n) + 1, device=n.device)[:, None]
             last[at] = (place * blended).amax(0).to(torch.int32)
             half = blended & (t[1:] < 0.5)
-            median[at] = torch.where(half.any(0), n[half.int().argmax(0)], -1).to(torch.int32)
+            crossed = depths[c, n[half.int().argmax(0)]]
+            median_depth[at] = torch.where(half.any(0), crossed, 0)
     if backgrounds is not None:
         image += final_t[..., None] * backgrounds[:, None, None]
-    return image, final_t, last, median
+    return image, 1 - final_t, final_t, last, median_depth
 
 
 @splat_raster.register_fake
@@ -229,19 +231,21 @@ def _(
     features: Tensor,
     beta: Tensor | None,
     backgrounds: Tensor | None,
+    depths: Tensor,
     pixel_mask: Tensor | None,
     tile_offsets: Tensor,
     ids: Tensor,
     width: int,
     height: int,
     *options: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     grid = (means2d.shape[0], height, width)
     return (
         features.new_empty(*grid, features.shape[2]),
         means2d.new_empty(grid),
+        means2d.new_empty(grid),
         means2d.new_empty(grid, dtype=torch.int32),
-        means2d.new_empty(grid, dtype=torch.int32),
+        means2d.new_empty(grid),
     )
 
 
@@ -265,7 +269,7 @@ def splat_raster_backward(
     final_t: Tensor,
     last: Tensor,
     g_image: Tensor,
-    g_final_t: Tensor,
+    g_alpha: Tensor | None,
     absgrad: bool,
     deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -274,6 +278,7 @@ def splat_raster_backward(
     g_features = torch.zeros_like(features)
     g_beta = means2d.new_zeros(0) if beta is None else torch.zeros_like(beta)
     g_abs = torch.zeros_like(means2d) if absgrad else means2d.new_zeros(0)
+    g_final_t = torch.zeros_like(final_t) if g_alpha is None else -g_alpha
     if backgrounds is not None:
         g_final_t = g_final_t + (g_image * backgrounds[:, None, None]).sum(-1)
     with no_autocast(means2d):
@@ -329,50 +334,38 @@ class Compositing(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(*inputs: Any) -> tuple[Tensor, ...]:  # torch looks up each name of a signature
-        *splats, _, pixel_mask, tile_offsets, ids, _, _, size, options, stop = inputs
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
+        *splats, tracked, depths, pixel_mask, tile_offsets, ids = inputs[:11]
+        ctx.spacing, ctx.deterministic, ctx.size, ctx.options, stop = inputs[11:]
+        lists = (tile_offsets, ids)
         with below_autograd():
-            found: tuple[Tensor, ...] = splat_raster(
-                *splats, pixel_mask, tile_offsets, ids, *size, *options, *stop
+            image, alpha, final_t, last, median_depth = splat_raster(
+                *splats, depths, pixel_mask, *lists, *ctx.size, *ctx.options, *stop
             )
-        return found
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        image, final_t, last, median = output
-        ctx.mark_non_differentiable(last, median)
+        ctx.mark_non_differentiable(last, median_depth)
         ctx.set_materialize_grads(False)  # else these two would get some, of zeros
         ctx.channels = image.shape[-1]
-        ctx.save_for_backward(*inputs[:7], *inputs[8:10], final_t, last)
-        ctx.spacing, ctx.deterministic, ctx.size, ctx.options, _ = inputs[10:]
+        ctx.save_for_backward(*splats, tracked, *lists, final_t, last)
+        return image, alpha, last, median_depth
 
     @staticmethod
     def backward(
-        ctx: Any, g_image: Tensor | None, g_final_t: Tensor | None, *_: Any
+        ctx: Any, g_image: Tensor | None, g_alpha: Tensor | None, *_: Any
     ) -> tuple[Tensor | None, ...]:
         *inputs, backgrounds, tracked, tile_offsets, ids, final_t, last = ctx.saved_tensors
         if g_image is None:
             g_image = final_t.new_zeros(*final_t.shape, ctx.channels)
-        if g_final_t is None:
-            g_final_t = torch.zeros_like(final_t)
-        g_image, g_final_t = g_image.contiguous(), g_final_t.contiguous()
-        *slopes, g_beta, g_abs = splat_raster_backward(
-            *inputs,
-            backgrounds,
-            tile_offsets,
-            ids,
-            *ctx.size,
-            *ctx.options,
-            final_t,
-            last,
-            g_image,
-            g_final_t,
-            tracked is not None,
-            ctx.deterministic,
-        )
+        above = (g_image.contiguous(), None if g_alpha is None else g_alpha.contiguous())
+        with below_autograd(*inputs, backgrounds, *above):
+            *slopes, g_beta, g_abs = splat_raster_backward(
+                *(*inputs, backgrounds, tile_offsets, ids, *ctx.size, *ctx.options, final_t, last),
+                *above,
+                tracked is not None,
+                ctx.deterministic,
+            )
         if tracked is not None:
             tracked.absgrad = g_abs / ctx.spacing
         g_backgrounds = None
         if ctx.needs_input_grad[5]:
             g_backgrounds = (final_t[..., None] * g_image).sum((1, 2))
-        return *slopes, g_beta if inputs[4] is not None else None, g_backgrounds, *(None,) * 9
+        return *slopes, g_beta if inputs[4] is not None else None, g_backgrounds, *(None,) * 10

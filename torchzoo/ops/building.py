@@ -115,7 +115,8 @@ def _compile(
 ) -> Path:
     files = library.sources(name)
     total = len(files) + 1
-    headers = [f"-I{path}" for path in (Path(torch.__file__).parent / "include", library.SOURCES)]
+    theirs = Path(torch.__file__).parent / "include"
+    headers = [f"-I{library.SOURCES}", "-isystem", str(theirs)]  # whose warnings are torch's own
     base = [program, *(CPU_FLAGS if name == "cpu" else CUDA_FLAGS), *flags, *headers]
     objects = [folder / f"{file.stem}.o" for file in files]
     with ThreadPoolExecutor(jobs or min(os.cpu_count() or 1, 4)) as pool:

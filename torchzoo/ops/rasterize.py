@@ -238,7 +238,7 @@ def rasterize(
         painted = _view(sh_degree, means, viewmats, radii, painted, camera_model)
     colors = painted
     painted, behind = _channels(painted, depths, backgrounds, render_mode)
-    image, final_t, last, median, n_isects = _composite(
+    image, alpha, last, median_depth, n_isects = _composite(
         (means2d, covs2d if code == ANALYTIC else conics, opacities, painted, beta, behind),
         radii,
         depths,
@@ -250,20 +250,21 @@ def rasterize(
         (code, 1 / dilation, alpha_min, alpha_max),
         (t_stop, inria),
     )
-    alpha = 1 - final_t
     info = {
         "radii": radii,
         "means2d": means2d,
         "n_isects": n_isects,
         "last_ids": last,
-        "median_depth": _median_depth(depths.detach(), median),
+        "median_depth": median_depth,
     }
     if render_mode not in ("D", "ED"):
         info["colors"] = colors
     depth = None if render_mode == "RGB" else image[..., -1]
     if depth is not None and render_mode.endswith("ED"):
         depth = depth / alpha.clamp(min=1e-10)
-    shown = None if render_mode in ("D", "ED") else image[..., :channels]
+    if render_mode in ("D", "ED"):
+        return RasterOutput(None, alpha, depth, info)
+    shown = image if depth is None else image[..., :channels]
     return RasterOutput(shown, alpha, depth, info)
 
 
@@ -300,9 +301,9 @@ def _view(
     camera_model: CameraModel,
 ) -> Tensor:
     """`(C, N, 3)`: the colours that the cameras see the splats in."""
-    R, t = viewmats[:, :3, :3], viewmats[:, :3, 3]
+    R, t = viewmats[:, :3].split((3, 1), 2)
     if camera_model != "orthographic":
-        centres = -(t[:, :, None] * R).sum(1)  # not a product, which autocast would round
+        centres = (t * R).sum(1).neg()  # not a matrix product, which autocast would round
         return view_colors(sh_degree, means, centres, radii, coeffs)
     seen = (radii > 0).all(-1, keepdim=True)
     directions = torch.where(seen, R[:, 2:], 0)
@@ -343,7 +344,7 @@ def _composite(
     options: tuple[int, float, float, float],
     stop: tuple[float, bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Image, transmittance, last places, median splats, and how many pairs there were."""
+    """Image, alpha, last places, median depths, and how many pairs there were."""
     means2d, shape2d, opacities, features, beta, backgrounds = splats
     dilation, offset = grid
     if dilation > 1:  # onto the grid of the pixels to render
@@ -352,10 +353,11 @@ def _composite(
         factor = dilation**2
         shape2d = shape2d / factor if options[0] == ANALYTIC else shape2d * factor
     kernel, pixel, alpha_min, _ = options
+    depths = depths.detach()
     tile_offsets, ids = splat_intersect(
         means2d.detach(),
         radii,
-        depths.detach(),
+        depths,
         shape2d.detach(),
         opacities.detach(),
         None if beta is None else beta.detach(),
@@ -366,18 +368,13 @@ def _composite(
         stop[1],
     )
     inputs = (means2d, shape2d, opacities, features, beta, backgrounds)
-    lists = (pixel_mask, tile_offsets, ids)
+    lists = (depths, pixel_mask, tile_offsets, ids)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
         found = Compositing.apply(
             *inputs, tracked, *lists, dilation, deterministic, size, options, stop
         )
     else:
         with below_autograd():
-            found = splat_raster(*inputs, *lists, *size, *options, *stop)
+            image, alpha, _, *places = splat_raster(*inputs, *lists, *size, *options, *stop)
+        found = (image, alpha, *places)
     return *found, tile_offsets[-1]
-
-
-def _median_depth(depths: Tensor, median: Tensor) -> Tensor:
-    """Depths of the splats that the pixels name, 0 where they name none."""
-    shown = torch.nn.functional.pad(depths, (1, 0))  # -1 names what comes before the first
-    return shown.gather(1, (median + 1).flatten(1).long()).view_as(median)

@@ -80,15 +80,15 @@ def view_colors(
     """
     lead = tuple(radii.shape[:2])
     weights = _spread(coeffs, lead, 2).contiguous()
-    return _differentiable_sh(degree, means, weights, centres, radii).reshape(*lead, 3)
+    return _differentiable_sh(degree, means, weights, centres, radii)
 
 
 def _spread(x: Tensor, lead: tuple[int, ...], own: int) -> Tensor:
     """Broadcast the leading dimensions of x to these, and make one of them."""
-    tail = x.shape[-own:]
-    if math.prod(x.shape[:-own]) != math.prod(lead):  # else a sum of gradients would be a copy
+    tail, count = x.shape[-own:], math.prod(lead)
+    if math.prod(x.shape[:-own]) != count:  # else a sum of gradients would be a copy
         x = x.expand(*lead, *tail)
-    return x.reshape(math.prod(lead), *tail)
+    return x if x.ndim == own + 1 else x.reshape(count, *tail)
 
 
 def check_coefficients(name: str, coeffs: Tensor, degree: int) -> None:
@@ -184,35 +184,41 @@ def _(degree: int, points: Tensor, coeffs: Tensor, *_: Tensor | None) -> tuple[T
 
 
 class Harmonics(torch.autograd.Function):
-    """`splat_sh` with gradients."""
+    """`splat_sh` with gradients; of points that cameras see, `(C, N, 3)`."""
 
     @staticmethod
-    def forward(*inputs: Any) -> Tensor:
-        with below_autograd():
-            found: Tensor = splat_sh(*inputs)
+    def forward(ctx: Any, degree: int, *inputs: Tensor | None) -> Tensor:
+        found = _values(degree, *inputs)
+        ctx.degree = degree
+        ctx.save_for_backward(*inputs, None if inputs[2] is None else found)
         return found
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.degree, *tensors = inputs
-        ctx.save_for_backward(*tensors, None if inputs[3] is None else output)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         points, coeffs, centres, radii, colors = ctx.saved_tensors
-        given = (points, coeffs, centres, radii, colors)
-        g_dirs, g_coeffs = splat_sh_backward(ctx.degree, *given, g.contiguous())
+        flat = None if colors is None else colors.view(-1, 3)
+        given = (points, coeffs, centres, radii, flat, g.reshape(-1, 3))
+        with below_autograd(*given):
+            g_dirs, g_coeffs = splat_sh_backward(ctx.degree, *given)
         if centres is None:
             return None, g_dirs, g_coeffs, None, None
-        each = g_dirs.view(*radii.shape[:2], 3)
-        g_points = each[0] if len(each) == 1 else each.sum(0)
-        g_centres = -each.sum(1) if ctx.needs_input_grad[3] else None
+        g_points = g_dirs if len(radii) == 1 else g_dirs.view(*radii.shape[:2], 3).sum(0)
+        g_centres = None
+        if ctx.needs_input_grad[3]:
+            g_centres = -g_dirs.view(*radii.shape[:2], 3).sum(1)
         return None, g_points, g_coeffs, g_centres, None
+
+
+def _values(degree: int, *inputs: Tensor | None) -> Tensor:
+    radii = inputs[3]
+    with below_autograd():
+        found: Tensor = splat_sh(degree, *inputs)
+        return found if radii is None else found.view(*radii.shape[:2], 3)
 
 
 def _differentiable_sh(degree: int, *inputs: Tensor | None) -> Tensor:
     """`splat_sh`, with gradients where there are some to record."""
-    wanted = any(x is not None and x.requires_grad for x in inputs)
-    run = Harmonics.apply if wanted and torch.is_grad_enabled() else Harmonics.forward
-    found: Tensor = run(degree, *inputs)
+    if not torch.is_grad_enabled() or not any(x is not None and x.requires_grad for x in inputs):
+        return _values(degree, *inputs)
+    found: Tensor = Harmonics.apply(degree, *inputs)
     return found

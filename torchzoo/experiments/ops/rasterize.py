@@ -101,7 +101,7 @@ def reference(scene: Scene, size: int) -> Tensor:
         means2d, radii, depths, conics, opacities[None], None, *grid, False
     )
     out = formulation(_splat_raster.splat_raster)(
-        *shown, colours, None, None, None, *lists, *grid, ALPHA_MAX, T_STOP, False
+        *shown, colours, None, None, depths, None, *lists, *grid, ALPHA_MAX, T_STOP, False
     )
     image: Tensor = out[0]
     return image
@@ -167,15 +167,15 @@ def compositing(device: torch.device, count: int, size: int) -> Mapping[str, Cal
     )
     colours = torch.ones(1, count, 3, device=device)
     composite: Callable[..., Any] = _splat_raster.splat_raster
-    inputs = (*shapes, colours, None, None, None, *lists, *grid, ALPHA_MAX, T_STOP, False)
-    ours = partial(composite, *inputs)
-    tiles = max(1, round(_pairs(*shapes, lists, size, ours()[2]) / (DEEP * TILE**2)))
+    inputs = (*shapes, colours, None, None, depths, None, *lists, *grid)
+    ours = partial(composite, *inputs, ALPHA_MAX, T_STOP, False)
+    tiles = max(1, round(_pairs(*shapes, lists, size, ours()[3]) / (DEEP * TILE**2)))
     centres = torch.tensor([tiles * TILE / 2, TILE / 2], device=device).repeat(1, DEEP, 1)
     flat = torch.tensor([1e-9, 0, 1e-9], device=device).repeat(1, DEEP, 1)
     thin = torch.full((1, DEEP), 0.01, device=device)
     ids = torch.arange(DEEP, dtype=torch.int32, device=device).repeat(tiles)
     offsets = torch.arange(tiles + 1, device=device) * DEEP
-    wall = (centres, flat, thin, colours[:, :DEEP], None, None, None, offsets, ids)
+    wall = (centres, flat, thin, colours[:, :DEEP], None, None, thin, None, offsets, ids)
     options = (tiles * TILE, TILE, TILE, 0, 1.0, ALPHA_MIN, ALPHA_MAX, 0.0, False)
     dense = partial(composite, *wall, *options)
     return {OURS: ours, "dense": dense}
