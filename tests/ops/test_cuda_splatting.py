@@ -179,12 +179,12 @@ def test_spherical_harmonics(degree, functions, count, dtype):
 @pytest.mark.parametrize(("degree", "functions"), [(0, 1), (1, 16), (3, 16)])
 def test_colours_from_cameras(degree, functions, count, dtype):
     g = torch.Generator().manual_seed(3)
-    shapes = ((count, 3), (2 * count, functions, 3), (2, 3), (2 * count, 3))
-    points, coeffs, centres, above = (
+    shapes = ((count, 3), (2 * count, functions, 3), (2, 4, 4), (2 * count, 3))
+    points, coeffs, viewmats, above = (
         torch.randn(s, generator=g, dtype=dtype).double() for s in shapes
     )
     radii = torch.randint(0, 3, (2, count, 2), generator=g, dtype=torch.int32)
-    given = (degree, points, coeffs, centres, radii)
+    given = (degree, points, coeffs, viewmats, radii)
     (colors,) = native("splat_sh", *given, dtype=dtype)
     (wanted,) = expected("splat_sh", *given)
     assert_near(colors, wanted, dtype)

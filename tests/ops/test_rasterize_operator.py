@@ -78,8 +78,12 @@ def test_no_splats(kernel):
 
 @pytest.mark.usefixtures("backend")
 def test_no_cameras():
-    out = rasterize(**scene(4, 0))
+    problem = scene(4, 0)
+    leaves = {name: problem[name].requires_grad_() for name in LEAVES}
+    out = rasterize(**(problem | leaves))
     assert out.image.shape == (0, 20, 24, 3)
+    out.image.sum().backward()
+    assert all((leaf.grad == 0).all() for leaf in leaves.values())
 
 
 @kernels
@@ -92,7 +96,8 @@ def test_threads_and_runs_give_the_same_bits(kernel):
         for threads in (1, 2, 8, 2):
             torch.set_num_threads(threads)
             leaves = [problem[name].clone().requires_grad_() for name in LEAVES]
-            out = rasterize(**(problem | dict(zip(LEAVES, leaves, strict=True))), absgrad=True)
+            given = problem | dict(zip(LEAVES, leaves, strict=True))
+            out = rasterize(**given, absgrad=True, tile_size=4)  # many tiles a splat
             out.image.square().sum().backward()
             results.append(
                 [out.image, *(leaf.grad for leaf in leaves), out.info["means2d"].absgrad]

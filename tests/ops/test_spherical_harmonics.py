@@ -117,24 +117,27 @@ def test_what_does_not_fit(degree, dirs, coeffs, words):
 
 
 def views(shared, count=6, dtype=DOUBLE):
-    """Means, centres of two cameras, radii of which some are 0, and coefficients."""
+    """Means, two cameras, radii of which some are 0, and coefficients."""
     g = torch.Generator().manual_seed(4)
     shape = (count, 16, 3) if shared else (2, count, 16, 3)
-    means, centres, coeffs = (
-        torch.randn(s, generator=g, dtype=dtype) for s in ((count, 3), (2, 3), shape)
+    means, shift, coeffs, turn = (
+        torch.randn(s, generator=g, dtype=dtype) for s in ((count, 3), (2, 3, 1), shape, (2, 3, 3))
     )
+    viewmats = torch.eye(4, dtype=dtype).repeat(2, 1, 1)
+    viewmats[:, :3] = torch.cat((torch.linalg.matrix_exp(turn - turn.mT), shift), 2)
     radii = torch.tensor([3, 1, 0, 2, 0, 5, 4, 1], dtype=torch.int32).repeat(count)[: 4 * count]
-    return means, centres, radii.view(2, count, 2), coeffs
+    return means, viewmats, radii.view(2, count, 2), coeffs
 
 
 @pytest.mark.parametrize("shared", [True, False])
 @pytest.mark.parametrize("degree", range(4))
 def test_colours_from_cameras_are_those_along_the_rays(degree, shared):
-    means, centres, radii, coeffs = views(shared)
-    leaves = [x.requires_grad_() for x in (means, centres, coeffs)]
+    means, viewmats, radii, coeffs = views(shared)
+    leaves = [x.requires_grad_() for x in (means, viewmats, coeffs)]
+    centres = -torch.einsum("cij,ci->cj", viewmats[:, :3, :3], viewmats[:, :3, 3])
     rays = torch.where((radii > 0).all(-1, keepdim=True), means - centres[:, None], 0)
     expected = sh_to_rgb(spherical_harmonics(degree, rays, coeffs))
-    found = view_colors(degree, means, centres, radii, coeffs)
+    found = view_colors(degree, means, viewmats, radii, coeffs)
     assert 0 < int((expected == 0).sum()) < expected.numel()  # some are cut off
     assert (found - expected).abs().max() <= 1e-14
     above = torch.randn(2, 6, 3, dtype=DOUBLE, generator=torch.Generator().manual_seed(5))
@@ -145,11 +148,11 @@ def test_colours_from_cameras_are_those_along_the_rays(degree, shared):
 
 
 def test_splats_out_of_sight_have_no_direction():
-    means, centres, radii, coeffs = views(True)
+    means, viewmats, radii, coeffs = views(True)
     hidden = (radii[0] == 0).any(-1)
     means[hidden] = torch.nan
     leaf = means.clone().requires_grad_()
-    found = view_colors(3, leaf, centres[:1], radii[:1], coeffs)
+    found = view_colors(3, leaf, viewmats[:1], radii[:1], coeffs)
     mean = (0.28209479177387814 * coeffs[:, 0] + 0.5).relu()
     assert (found[0, hidden] - mean[hidden]).abs().max() <= 1e-15
     found.sum().backward()
@@ -159,10 +162,10 @@ def test_splats_out_of_sight_have_no_direction():
 
 
 def test_gradients_of_one_camera():
-    means, centres, radii, coeffs = views(True)
+    means, viewmats, radii, coeffs = views(True)
     coeffs[:, 0] += 3  # away from the cut
-    leaves = [x.requires_grad_() for x in (means, centres[:1].clone(), coeffs)]
-    assert gradcheck(lambda m, c, s: view_colors(3, m, c, radii[:1], s), leaves)
+    leaves = [x.requires_grad_() for x in (means, viewmats[:1].clone(), coeffs)]
+    assert gradcheck(lambda m, v, s: view_colors(3, m, v, radii[:1], s), leaves)
 
 
 def test_torch_accepts_the_operators():
@@ -171,8 +174,8 @@ def test_torch_accepts_the_operators():
     given = (2, dirs, coeffs, None, None, None, torch.randn(4, 3, dtype=DOUBLE))
     tests = ("test_schema", "test_faketensor")
     torch.library.opcheck(torch.ops.torchzoo.splat_sh_backward.default, given, test_utils=tests)
-    means, centres, radii, coeffs = views(False)
-    given = (2, means, coeffs.flatten(0, 1), centres, radii)
+    means, viewmats, radii, coeffs = views(False)
+    given = (2, means, coeffs.flatten(0, 1), viewmats, radii)
     torch.library.opcheck(torch.ops.torchzoo.splat_sh.default, given, test_utils=tests)
     given = (*given, torch.ops.torchzoo.splat_sh(*given), torch.randn(12, 3, dtype=DOUBLE))
     torch.library.opcheck(torch.ops.torchzoo.splat_sh_backward.default, given, test_utils=tests)

@@ -1,8 +1,8 @@
 // splat_sh and its backward: sums of spherical harmonics at M directions, each with its own
 // coefficients (K, 3). A task is a run of directions; every number is written once.
 //
-// With centres of cameras the directions are those from each centre to each of N points, 0 where a
-// point cannot be seen, and the results are colours: 0.5 more, and not below 0.
+// With cameras the directions are those from each one's centre to each of N points, 0 where a point
+// cannot be seen, and the results are colours: 0.5 more, and not below 0.
 #include "cpu.h"
 #include "splat_math.h"
 
@@ -99,23 +99,31 @@ struct Given {
   Tensor points, coeffs, centres, radii;
   int64_t rows, functions;
 
-  Given(int64_t degree, const Tensor& points_, const Tensor& coeffs_, const std::optional<Tensor>& centres_,
+  Given(int64_t degree, const Tensor& points_, const Tensor& coeffs_, const std::optional<Tensor>& viewmats,
         const std::optional<Tensor>& radii_)
       : points(dense(points_)), coeffs(dense(coeffs_)), rows(coeffs.size(0)), functions(coeffs.size(1)) {
     const ScalarType type = points.scalar_type();
     STD_TORCH_CHECK((type == ScalarType::Float || type == ScalarType::Double) &&
-                        coeffs.scalar_type() == type && (!centres_ || centres_->scalar_type() == type),
+                        coeffs.scalar_type() == type && (!viewmats || viewmats->scalar_type() == type),
                     "splat_sh: expected float32 or float64, one type");
     STD_TORCH_CHECK(degree >= 0 && degree <= 3 && points.dim() == 2 && coeffs.dim() == 3 &&
                         points.size(1) == 3 && coeffs.size(2) == 3 &&
-                        functions >= (degree + 1) * (degree + 1) && centres_.has_value() == radii_.has_value() &&
-                        rows == points.size(0) * (centres_ ? centres_->size(0) : 1),
+                        functions >= (degree + 1) * (degree + 1) && viewmats.has_value() == radii_.has_value() &&
+                        rows == points.size(0) * (viewmats ? viewmats->size(0) : 1),
                     "splat_sh: shapes or a degree that don't fit");
-    if (!centres_) return;
-    centres = dense(*centres_), radii = dense(*radii_);
-    STD_TORCH_CHECK(centres.dim() == 2 && centres.size(1) == 3 && radii.numel() == 2 * rows &&
+    if (!viewmats) return;
+    const Tensor views = dense(*viewmats);
+    radii = dense(*radii_);
+    STD_TORCH_CHECK(views.dim() == 3 && views.size(1) == 4 && views.size(2) == 4 && radii.numel() == 2 * rows &&
                         radii.scalar_type() == ScalarType::Int,
-                    "splat_sh: expected centres (C, 3) and radii (C, N, 2), int32");
+                    "splat_sh: expected viewmats (C, 4, 4) and radii (C, N, 2), int32");
+    centres = fresh(points, {views.size(0), 3});
+    with_type(points, [&]<class T>() {
+      const T* view = views.const_data_ptr<T>();
+      T* to = centres.mutable_data_ptr<T>();
+      for (int64_t c = 0; c < views.size(0); ++c, view += 16, to += 3)
+        for (int j = 0; j < 3; ++j) to[j] = -(view[3] * view[j] + view[7] * view[4 + j] + view[11] * view[8 + j]);
+    });
   }
 
   template <class T>
@@ -126,9 +134,9 @@ struct Given {
   }
 };
 
-Tensor splat_sh(int64_t degree, const Tensor& points, const Tensor& coeffs, std::optional<Tensor> centres,
+Tensor splat_sh(int64_t degree, const Tensor& points, const Tensor& coeffs, std::optional<Tensor> viewmats,
                 std::optional<Tensor> radii) {
-  const Given given(degree, points, coeffs, centres, radii);
+  const Given given(degree, points, coeffs, viewmats, radii);
   Tensor out = fresh(given.points, {given.rows, 3});
   with_type(out, [&]<class T>() {
     const Rays<T> rays = given.rays<T>();
@@ -142,9 +150,9 @@ Tensor splat_sh(int64_t degree, const Tensor& points, const Tensor& coeffs, std:
 }
 
 std::tuple<Tensor, Tensor> splat_sh_backward(int64_t degree, const Tensor& points, const Tensor& coeffs,
-                                             std::optional<Tensor> centres, std::optional<Tensor> radii,
+                                             std::optional<Tensor> viewmats, std::optional<Tensor> radii,
                                              std::optional<Tensor> colours, const Tensor& g_) {
-  const Given given(degree, points, coeffs, centres, radii);
+  const Given given(degree, points, coeffs, viewmats, radii);
   const Tensor g = dense(g_), shown = colours ? dense(*colours) : g;
   for (const Tensor& each : {g, shown})
     STD_TORCH_CHECK(each.dim() == 2 && each.size(0) == given.rows && each.size(1) == 3 &&

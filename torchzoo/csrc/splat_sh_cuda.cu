@@ -1,5 +1,5 @@
-// splat_sh on CUDA: spherical harmonics at directions, and their gradients; with centres of cameras
-// the directions are those from each centre to each point, and the results are colours.
+// splat_sh on CUDA: spherical harmonics at directions, and their gradients; with cameras the
+// directions are those from each one's centre to each point, and the results are colours.
 //
 // A thread has a direction. A block's coefficients go through shared memory, so that the device's is
 // read and written in whole lines; rows of an odd length keep threads out of each other's banks.
@@ -30,18 +30,21 @@ __device__ __forceinline__ void load(const T* from, int64_t first, int rows, int
 
 template <class T>
 struct Rays {
-  const T *points, *centres;  // no centres: the points are directions
+  const T *points, *views;  // no views: the points are directions
   const int* radii;
   int64_t count;  // of points
 
-  __device__ bool seen(int64_t m) const { return !centres || (radii[2 * m] > 0 && radii[2 * m + 1] > 0); }
+  __device__ bool seen(int64_t m) const { return !views || (radii[2 * m] > 0 && radii[2 * m + 1] > 0); }
 
   __device__ void direction(int64_t m, T* dir) const {
-    const T* point = points + 3 * (centres ? m % count : m);
-    const T* from = centres ? centres + 3 * (m / count) : nullptr;
+    const T* point = points + 3 * (views ? m % count : m);
+    const T* view = views ? views + 16 * (m / count) : nullptr;
     const bool there = seen(m);
 #pragma unroll
-    for (int i = 0; i < 3; ++i) dir[i] = there ? point[i] - (from ? from[i] : T(0)) : T(0);
+    for (int i = 0; i < 3; ++i) {  // the camera's centre is -R^T t
+      const T behind = view ? view[3] * view[i] + view[7] * view[4 + i] + view[11] * view[8 + i] : T(0);
+      dir[i] = there ? point[i] + behind : T(0);
+    }
   }
 };
 
@@ -66,7 +69,7 @@ __global__ void __launch_bounds__(THREADS<T>)
 #pragma unroll
   for (int channel = 0; channel < 3; ++channel) {
     const T shown = sum[channel] + T(0.5);
-    out[3 * at + channel] = !rays.centres ? sum[channel] : shown < 0 ? T(0) : shown;  // a NaN stays
+    out[3 * at + channel] = !rays.views ? sum[channel] : shown < 0 ? T(0) : shown;  // a NaN stays
   }
 }
 
@@ -118,41 +121,41 @@ void with_degree(int64_t degree, const Run& run) {
 }
 
 struct Given {
-  Tensor points, coeffs, centres, radii;
+  Tensor points, coeffs, viewmats, radii;
   int64_t rows, functions;
   bool from_cameras;
 
-  Given(int64_t degree, const Tensor& points_, const Tensor& coeffs_, const std::optional<Tensor>& centres_,
+  Given(int64_t degree, const Tensor& points_, const Tensor& coeffs_, const std::optional<Tensor>& viewmats_,
         const std::optional<Tensor>& radii_)
-      : from_cameras(centres_.has_value()) {
+      : from_cameras(viewmats_.has_value()) {
     check_devices("splat_sh", {points_, coeffs_});
     STD_TORCH_CHECK(points_.dim() == 2 && coeffs_.dim() == 3 && coeffs_.size(1) >= (degree + 1) * (degree + 1) &&
                         coeffs_.size(1) <= 1 << 16,
                     "splat_sh: expected points (M, 3) and coeffs (M, K, 3) with K >= (degree + 1)^2");
-    STD_TORCH_CHECK(from_cameras == radii_.has_value(), "splat_sh: expected centres and radii, or none of them");
-    const int64_t count = points_.size(0), cameras = from_cameras ? centres_->size(0) : 1;
+    STD_TORCH_CHECK(from_cameras == radii_.has_value(), "splat_sh: expected viewmats and radii, or none of them");
+    const int64_t count = points_.size(0), cameras = from_cameras ? viewmats_->size(0) : 1;
     rows = count * cameras, functions = coeffs_.size(1);
     points = dense("points", points_, points_.scalar_type(), {count, 3});
     coeffs = dense("coeffs", coeffs_, points_.scalar_type(), {rows, functions, 3});
     if (!from_cameras) return;
-    check_devices("splat_sh", {points_, *centres_, *radii_});
-    centres = dense("centres", *centres_, points_.scalar_type(), {cameras, 3});
+    check_devices("splat_sh", {points_, *viewmats_, *radii_});
+    viewmats = dense("viewmats", *viewmats_, points_.scalar_type(), {cameras, 4, 4});
     radii = dense("radii", *radii_, ScalarType::Int, {cameras, count, 2});
   }
 
   template <class T>
   Rays<T> rays() const {
     if (!from_cameras) return {read<T>(points), nullptr, nullptr, rows};
-    return {read<T>(points), read<T>(centres), read<int>(radii), points.size(0)};
+    return {read<T>(points), read<T>(viewmats), read<int>(radii), points.size(0)};
   }
 
   int width() const { return static_cast<int>(3 * functions); }
 };
 
-Tensor splat_sh(int64_t degree, const Tensor& points, const Tensor& coeffs, std::optional<Tensor> centres,
+Tensor splat_sh(int64_t degree, const Tensor& points, const Tensor& coeffs, std::optional<Tensor> viewmats,
                 std::optional<Tensor> radii) {
   const DeviceGuard guard(points.get_device_index());
-  const Given given(degree, points, coeffs, centres, radii);
+  const Given given(degree, points, coeffs, viewmats, radii);
   Tensor out = torch::stable::new_empty(given.points, {given.rows, 3});
   if (!given.rows) return out;
   with_type(given.points, [&]<class T>() {
@@ -166,10 +169,10 @@ Tensor splat_sh(int64_t degree, const Tensor& points, const Tensor& coeffs, std:
 }
 
 std::tuple<Tensor, Tensor> splat_sh_backward(int64_t degree, const Tensor& points, const Tensor& coeffs,
-                                             std::optional<Tensor> centres, std::optional<Tensor> radii,
+                                             std::optional<Tensor> viewmats, std::optional<Tensor> radii,
                                              std::optional<Tensor> colors, const Tensor& g) {
   const DeviceGuard guard(points.get_device_index());
-  const Given given(degree, points, coeffs, centres, radii);
+  const Given given(degree, points, coeffs, viewmats, radii);
   check_devices("splat_sh_backward", {points, g, colors ? *colors : g});
   const auto as_rows = [&](const char* name, const Tensor& t) {
     return dense(name, t, points.scalar_type(), {given.rows, 3});

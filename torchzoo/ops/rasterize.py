@@ -301,12 +301,10 @@ def _view(
     camera_model: CameraModel,
 ) -> Tensor:
     """`(C, N, 3)`: the colours that the cameras see the splats in."""
-    R, t = viewmats[:, :3].split((3, 1), 2)
     if camera_model != "orthographic":
-        centres = (t * R).sum(1).neg()  # not a matrix product, which autocast would round
-        return view_colors(sh_degree, means, centres, radii, coeffs)
+        return view_colors(sh_degree, means, viewmats, radii, coeffs)
     seen = (radii > 0).all(-1, keepdim=True)
-    directions = torch.where(seen, R[:, 2:], 0)
+    directions = torch.where(seen, viewmats[:, 2:3, :3], 0)
     return sh_to_rgb(spherical_harmonics(sh_degree, directions, coeffs))
 
 

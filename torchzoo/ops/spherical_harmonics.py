@@ -71,16 +71,16 @@ def spherical_harmonics(degree: int, dirs: Tensor, coeffs: Tensor) -> Tensor:
 
 
 def view_colors(
-    degree: int, means: Tensor, centres: Tensor, radii: Tensor, coeffs: Tensor
+    degree: int, means: Tensor, viewmats: Tensor, radii: Tensor, coeffs: Tensor
 ) -> Tensor:
     """`sh_to_rgb` of the harmonics along the rays from the cameras to the splats: `(C, N, 3)`.
 
-    Of one type, means `(N, 3)`, centres of the cameras `(C, 3)`, and coefficients `(N, K, 3)` or
+    Of one type, means `(N, 3)`, world to camera `(C, 4, 4)`, and coefficients `(N, K, 3)` or
     `(C, N, K, 3)`. Where a radius `(C, N, 2)` is 0 there is no direction, and no gradient by it.
     """
     lead = tuple(radii.shape[:2])
     weights = _spread(coeffs, lead, 2).contiguous()
-    return _differentiable_sh(degree, means, weights, centres, radii)
+    return _differentiable_sh(degree, means, weights, viewmats, radii)
 
 
 def _spread(x: Tensor, lead: tuple[int, ...], own: int) -> Tensor:
@@ -132,10 +132,12 @@ def _basis(degree: int, dirs: Tensor) -> Tensor:
     return torch.stack(values, -1)
 
 
-def _directions(points: Tensor, centres: Tensor | None, radii: Tensor | None) -> Tensor:
+def _directions(points: Tensor, viewmats: Tensor | None, radii: Tensor | None) -> Tensor:
     """`(M, 3)`: the points themselves, or from each camera's centre to each point it sees."""
-    if centres is None or radii is None:
+    if viewmats is None or radii is None:
         return points
+    R, t = viewmats[:, :3].split((3, 1), 2)
+    centres = -(t * R).sum(1)
     seen = (radii > 0).all(-1, keepdim=True)
     return torch.where(seen, points - centres[:, None], 0).reshape(-1, 3)
 
@@ -146,11 +148,11 @@ def _sum(degree: int, dirs: Tensor, coeffs: Tensor) -> Tensor:
 
 @torch.library.custom_op("torchzoo::splat_sh", mutates_args=())
 def splat_sh(
-    degree: int, points: Tensor, coeffs: Tensor, centres: Tensor | None, radii: Tensor | None
+    degree: int, points: Tensor, coeffs: Tensor, viewmats: Tensor | None, radii: Tensor | None
 ) -> Tensor:
     with no_autocast(points):
-        values = _sum(degree, _directions(points, centres, radii), coeffs)
-        return values if centres is None else torch.relu(values + 0.5)
+        values = _sum(degree, _directions(points, viewmats, radii), coeffs)
+        return values if viewmats is None else torch.relu(values + 0.5)
 
 
 @splat_sh.register_fake
@@ -163,14 +165,14 @@ def splat_sh_backward(
     degree: int,
     points: Tensor,
     coeffs: Tensor,
-    centres: Tensor | None,
+    viewmats: Tensor | None,
     radii: Tensor | None,
     colors: Tensor | None,
     g: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """Gradients by the directions `(M, 3)` and the coefficients; `colors` were cut off at 0."""
     with no_autocast(points):
-        dirs = _directions(points, centres, radii)
+        dirs = _directions(points, viewmats, radii)
         pull = torch.func.vjp(lambda d, c: _sum(degree, d, c), dirs, coeffs)[1]
         g_dirs, g_coeffs = pull(g if colors is None else torch.where(colors <= 0, 0, g))
         if radii is not None:
@@ -195,18 +197,25 @@ class Harmonics(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        points, coeffs, centres, radii, colors = ctx.saved_tensors
+        points, coeffs, viewmats, radii, colors = ctx.saved_tensors
         flat = None if colors is None else colors.view(-1, 3)
-        given = (points, coeffs, centres, radii, flat, g.reshape(-1, 3))
+        given = (points, coeffs, viewmats, radii, flat, g.reshape(-1, 3))
         with below_autograd(*given):
             g_dirs, g_coeffs = splat_sh_backward(ctx.degree, *given)
-        if centres is None:
+        if viewmats is None:
             return None, g_dirs, g_coeffs, None, None
         g_points = g_dirs if len(radii) == 1 else g_dirs.view(*radii.shape[:2], 3).sum(0)
-        g_centres = None
+        g_views = None
         if ctx.needs_input_grad[3]:
-            g_centres = -g_dirs.view(*radii.shape[:2], 3).sum(1)
-        return None, g_points, g_coeffs, g_centres, None
+            g_views = _by_viewmats(viewmats, g_dirs.view(*radii.shape[:2], 3).sum(1, keepdim=True))
+        return None, g_points, g_coeffs, g_views, None
+
+
+def _by_viewmats(viewmats: Tensor, g: Tensor) -> Tensor:
+    """`(C, 4, 4)`, from gradients `(C, 1, 3)` by what starts at the centres `-R^T t`."""
+    R, t = viewmats[:, :3].split((3, 1), 2)
+    rows = torch.cat((t * g, (R * g).sum(2, keepdim=True)), 2)
+    return torch.nn.functional.pad(rows, (0, 0, 0, 1))
 
 
 def _values(degree: int, *inputs: Tensor | None) -> Tensor:
